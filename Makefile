@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+.DEFAULT_GOAL := setup
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## Build .venv from the pins (needs python3 and a package index)
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"Parapet needs Python 3.11, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.txt
+	@touch $(READY)
+
+demo: setup  ## The main job on the bundled digits: classifier, VAE defense, PGD, one table
+	$(BIN)/python -m src.train
+
+test: setup  ## The default tests: no network, no data beyond what packages bundle
+	$(BIN)/python -m pytest -q
+
+test-full: setup  ## The slow tests as well
+	$(BIN)/python -m pytest -q -m 'slow or not slow'
+
+lint: setup  ## ruff and mypy, as pre-commit and CI run them
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+format: setup  ## Let ruff rewrite the sources
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+bench-train: setup  ## Training throughput: ours through Lightning against a bare loop
+	$(BIN)/python -m benchmarks.train
+
+bench: bench-train  ## All benchmarks
+
+pins: setup  ## Compile requirements.txt from pyproject.toml
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev pyproject.toml \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header --output-file requirements.txt
+
+clean:  ## Remove the environment and caches (never outputs, artifacts or data)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help setup demo test test-full lint format bench-train bench pins clean

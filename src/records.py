@@ -1,0 +1,152 @@
+"""One cell, one record: typed, versioned, written whole or not at all.
+
+A record is the JSON that every table is made from. Beside it may lie ``<key>.npz`` with the verdict of each image and a
+few example pictures, so that figures can be drawn again without loading a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from src.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """One cell = dataset, classifier, defense, attack, norm, eps, access, seed. Accuracies are fractions of ``n`` images."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    schema_version: int = SCHEMA_VERSION
+    key: str
+    status: Literal["done", "failed"] = "done"
+    reason: str = ""  # one line, when failed
+
+    dataset: str
+    classifier: str
+    defense: str
+    attack: str
+    norm: str
+    eps: float | None  # None only in a failed cell whose eps could not be read
+    access: str
+    seed: int
+    targeted: bool = False
+    variant: str = ""  # the overrides that the columns above do not show, e.g. "defense.noise=0"
+
+    n: int = 0  # test images, all of them counted once
+    correct_bare: int | None = None  # clean images the bare classifier gets right
+    correct_defended: int | None = None
+    correct_attacked: int | None = None  # attacked images the defended model gets right
+    correct_attacked_bare: int | None = None  # the same images on the bare classifier (gray_box only)
+
+    clean_accuracy: float | None = None  # bare classifier
+    clean_accuracy_defended: float | None = None
+    robust_accuracy: float | None = None  # defended model under this attack and access
+    robust_accuracy_low: float | None = None  # 95 % Wilson interval
+    robust_accuracy_high: float | None = None
+    robust_accuracy_bare: float | None = None  # bare classifier under the same images (gray_box only)
+    attack_success_rate: float | None = None  # share of the defended model's right answers that the attack turned
+    distance_median: float | None = None  # over the images the attack worked on, in `norm`
+    distance_max: float | None = None
+    forward_passes: float | None = None  # of the attacked model, mean per image attacked
+    backward_passes: float | None = None
+    attack_ms_per_image: float | None = None
+    defense_ms_per_image: float | None = None  # the defended model's forward pass
+    detection_auc: float | None = None  # where the defense detects
+    detection_tpr: float | None = None  # at the frozen false-positive rate
+    flags: list[str] = Field(default_factory=list)  # sanity checks that were raised
+
+    stages: dict[str, str] = Field(default_factory=dict)  # kind of stage → its content key
+    config: dict[str, Any] = Field(default_factory=dict)  # the resolved config of the cell
+    versions: dict[str, str] = Field(default_factory=dict)
+    host: str = ""
+    device: str = ""
+    created: str = ""  # ISO 8601, UTC
+    wall_seconds: float = 0.0
+
+    @property
+    def gap_key(self) -> tuple[object, ...]:
+        """Everything but access: records that share it stand side by side in the table."""
+        return (
+            self.dataset, self.classifier, self.defense, self.attack, self.norm,
+            self.eps, self.seed, self.targeted, self.variant,
+        )  # fmt: skip
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion (Wilson 1927); ``(0, 1)`` when there is nothing to go by."""
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write under a temporary name and rename: a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(record: Record, folder: Path) -> Path:
+    """Write ``folder/<key>.json`` and return its path."""
+    path = folder / f"{record.key}.json"
+    write_whole(path, record.model_dump_json(indent=1).encode())
+    return path
+
+
+def load(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        UserError: not JSON, not a record, or of a newer schema than this version knows.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+        if data.get("schema_version", 0) > SCHEMA_VERSION:
+            raise UserError(f"{path}: schema {data['schema_version']} is newer than {SCHEMA_VERSION}; update Parapet")
+        return Record.model_validate(data)
+    except (OSError, ValueError, AttributeError) as error:
+        first = str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            first = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+        raise UserError(f"{path}: not a record of Parapet ({first})") from None
+
+
+def find(paths: Iterable[Path]) -> list[Record]:
+    """All records under files or folders, each key once (the newest wins), in the order of a table."""
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(path.rglob("records/*.json")) if path.is_dir() else [path]
+    by_key: dict[str, Record] = {}
+    for file in files:
+        record = load(file)
+        if record.key not in by_key or record.created >= by_key[record.key].created:
+            by_key[record.key] = record
+    return sorted(by_key.values(), key=order)
+
+
+def order(record: Record) -> tuple[object, ...]:
+    """Sort key of a table: what is attacked, how, how much, and with what access."""
+    eps = math.inf if record.eps is None else record.eps
+    return (
+        record.dataset, record.classifier, record.defense, record.attack, record.norm,
+        record.targeted, record.variant, record.seed, eps, record.access,
+    )  # fmt: skip
