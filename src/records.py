@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
-    """One cell = dataset, classifier, defense, attack, norm, eps, access, seed. Accuracies are fractions of ``n`` images."""
+    """One cell = dataset, classifier, defense, attack, norm, eps, access, seed. Accuracies are shares of ``n`` images."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -112,6 +112,17 @@ def save(record: Record, folder: Path) -> Path:
     return path
 
 
+def save_sidecar(path: Path, arrays: dict[str, Any]) -> None:
+    """Write the verdicts of each image and the example pictures that belong to a record."""
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_whole(path, buffer.getvalue())
+
+
 def load(path: Path) -> Record:
     """Read one record.
 
@@ -123,7 +134,7 @@ def load(path: Path) -> Record:
         if data.get("schema_version", 0) > SCHEMA_VERSION:
             raise UserError(f"{path}: schema {data['schema_version']} is newer than {SCHEMA_VERSION}; update Parapet")
         return Record.model_validate(data)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         first = str(error).splitlines()[0]
         if isinstance(error, ValidationError):
             first = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
@@ -134,7 +145,11 @@ def find(paths: Iterable[Path]) -> list[Record]:
     """All records under files or folders, each key once (the newest wins), in the order of a table."""
     files: list[Path] = []
     for path in paths:
-        files += sorted(path.rglob("records/*.json")) if path.is_dir() else [path]
+        if path.is_dir():
+            pattern = "*.json" if path.name == "records" else "records/*.json"
+            files += sorted(path.rglob(pattern))
+        else:
+            files.append(path)
     by_key: dict[str, Record] = {}
     for file in files:
         record = load(file)

@@ -93,6 +93,8 @@ class ThreatModel:
     norm: Norm
     eps: float
     targeted: bool = False
+    # Go on after success: the images are meant for another model than the one attacked (gray-box, training).
+    exhaust: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", Norm.parse(self.norm))
@@ -137,7 +139,9 @@ class ThreatModel:
                 by more than float32 rounding.
         """
         if images.shape != clean.shape or images.dtype != torch.float32:
-            raise BudgetError(f"attack returned {tuple(images.shape)} {images.dtype}, expected {tuple(clean.shape)} float32")
+            raise BudgetError(
+                f"attack returned {tuple(images.shape)} {images.dtype}, expected {tuple(clean.shape)} float32"
+            )
         if images.numel() == 0:
             return images.new_zeros(len(images))
         low, high = images.aminmax()

@@ -1,0 +1,242 @@
+"""Accuracy over eps: what a defense keeps as the attacker is allowed more, with the uncertainty drawn.
+
+Matplotlib's object interface only: pyplot would open a window system and keep global state.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src import records as store
+from src.records import Record
+from src.tables import format_eps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito (2008): eight colours that stay apart for the colour-blind.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+_DEFENSES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+_MARKERS = "os^Dv<>P"
+_STYLES = {"gray_box": (0, (4, 1.5)), "white_box": "solid"}
+_NAMES = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": r"$\ell_0$"}
+_UNITS = {"linf": "largest change of a pixel, pixels in [0, 1]", "l0": "pixels changed"}
+_BARE = "no defense"
+FONT = 8  # points, at the printed size
+
+
+@dataclass(frozen=True)
+class Point:
+    """An accuracy with its 95 % interval, fractions."""
+
+    eps: float
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    color: str
+    style: Any
+    marker: str
+    points: tuple[Point, ...]
+
+
+def robustness_curve(records: Iterable[Record], path: Path) -> Path:
+    """Draw accuracy over eps, one panel per dataset, classifier, attack and norm; failed cells are left out.
+
+    With one defense colour tells the access, with several the defense (gray_box dashed, white_box solid).
+    eps = 0 is the clean accuracy; an infinite eps has its own place at the right, not joined to the line.
+    """
+    from matplotlib.figure import Figure
+
+    done = [r for r in sorted(records, key=store.order) if r.status == "done" and r.robust_accuracy is not None]
+    panels: dict[tuple[object, ...], list[Record]] = {}
+    for record in done:
+        key = (record.dataset, record.classifier, record.attack, record.norm, record.targeted)
+        panels.setdefault(key, []).append(record)
+    defenses = list(dict.fromkeys(_defense(r) for r in done if r.defense != "none"))
+
+    attacks = len({key[2:] for key in panels})  # a row per dataset where the attacks fit beside each other
+    columns = 1 if len(panels) <= 1 else attacks if 2 <= attacks <= 3 else min(3, len(panels))
+    lines = math.ceil(max(1, len(panels)) / columns)
+    with paper_style():
+        size = (5.2, 3.7) if len(panels) <= 1 else (7.0 if columns > 1 else 4.2, 1.0 + 2.2 * lines)
+        figure = Figure(figsize=size, dpi=200, layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        legend: dict[str, Any] = {}
+        for axis, cells in zip(axes.flat, panels.values(), strict=False):
+            _panel(axis, cells, defenses, legend, alone=len(panels) == 1)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis in axes[:, 0]:
+            axis.set_ylabel("accuracy (%)")
+        if not panels:
+            axes.flat[0].text(0.5, 0.5, "no finished cell", ha="center", va="center")
+        _legend(figure, legend, paired=len(defenses) > 1)
+        figure.supxlabel(caption(done), x=0.01, ha="left", fontsize=FONT, color="#333333")
+        return save_figure(figure, path)
+
+
+def _legend(figure: Any, legend: dict[str, Any], *, paired: bool) -> None:
+    """Above the panels. Columns are filled downwards: paired, each holds the two accesses of one defense."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = list(legend.values()), list(legend)
+    if paired and labels[0] == _BARE:
+        handles.insert(1, Line2D([], [], linestyle="none"))
+        labels.insert(1, "")
+    if handles:
+        columns = min(4, math.ceil(len(handles) / 2) if paired else len(handles))
+        place: dict[str, Any] = {"loc": "outside upper left", "frameon": False, "borderaxespad": 0.1}
+        figure.legend(handles, labels, ncols=columns, handlelength=2.6, **place)
+
+
+def caption(done: Sequence[Record]) -> str:
+    """What makes the picture a measurement: how many images, what the bands are, which threat."""
+    counts = sorted({r.n for r in done})
+    n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
+    attacks = ", ".join(sorted({f"{r.attack} {_NAMES.get(r.norm, r.norm)}" for r in done}))
+    aims = {r.targeted for r in done}
+    aim = "untargeted" if aims <= {False} else "targeted" if aims == {True} else "untargeted and targeted"
+    images = f"{n} test images. Bands: 95 % Wilson intervals. ε = 0: clean images."
+    return f"{images}\nAttack: {attacks or 'none'}, {aim}."
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a PNG whole or not at all, and the same bytes for the same figure (no date inside)."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    store.write_whole(path, buffer.getvalue())
+    return path
+
+
+def paper_style() -> Any:
+    """Our settings for one figure; the caller's matplotlib settings come back afterwards."""
+    import matplotlib
+
+    sizes: dict[Any, Any] = dict.fromkeys(("font.size", "legend.fontsize", "xtick.labelsize", "ytick.labelsize"), FONT)
+    sizes |= dict.fromkeys(("axes.titlesize", "axes.labelsize"), FONT + 1)
+    look: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.family": "DejaVu Sans",
+    }
+    tints: dict[Any, Any] = {"axes.edgecolor": "#666666", "xtick.color": "#444444", "ytick.color": "#444444"}
+    return matplotlib.rc_context({**sizes, **look, **tints})
+
+
+def _defense(record: Record) -> str:
+    return f"{record.defense} ({record.variant})" if record.variant else record.defense
+
+
+def _panel(axis: Axes, cells: Sequence[Record], defenses: list[str], legend: dict[str, Any], *, alone: bool) -> None:
+    first = cells[0]
+    radii = sorted({r.eps for r in cells if r.eps is not None and 0 < r.eps < math.inf})
+    edge = radii[-1] if radii else 1.0
+    infinite = edge * 1.2 if any(r.eps == math.inf for r in cells) else None
+    for line in _lines(cells, defenses):
+        finite = [p for p in line.points if math.isfinite(p.eps)]
+        look: dict[str, Any] = {"color": line.color, "marker": line.marker, "markersize": 3.6}
+        (drawn,) = axis.plot(
+            [p.eps for p in finite],
+            [100 * p.accuracy for p in finite],
+            linestyle=line.style,
+            linewidth=1.5,
+            **look,
+        )
+        axis.fill_between(
+            [p.eps for p in finite], [100 * p.low for p in finite], [100 * p.high for p in finite],
+            color=line.color, alpha=0.16, linewidth=0,
+        )  # fmt: skip
+        for p in line.points:
+            if infinite is not None and math.isinf(p.eps):
+                bars = [[100 * (p.accuracy - p.low)], [100 * (p.high - p.accuracy)]]
+                axis.errorbar([infinite], [100 * p.accuracy], yerr=bars, linestyle="none", elinewidth=1, **look)
+        legend.setdefault(line.label, drawn)
+    _ticks(axis, radii, infinite, alone=alone)
+    axis.set_ylim(-3, 103)
+    axis.set_yticks(range(0, 101, 20))
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    axis.set_axisbelow(True)
+    name = _NAMES.get(first.norm, first.norm)
+    unit = _UNITS.get(first.norm, f"{first.norm} distance, pixels in [0, 1]")
+    axis.set_xlabel(f"ε ({name}: {unit})" if alone else f"ε ({name})")
+    defense = f", defense {defenses[0]}" if alone and len(defenses) == 1 else ""
+    targeted = " targeted" if first.targeted else ""
+    separator = ", " if alone else f", n = {first.n:,}\n"
+    axis.set_title(f"{first.dataset}, {first.classifier}{separator}{first.attack}{targeted}{defense}", loc="left")
+
+
+def _ticks(axis: Axes, radii: Sequence[float], infinite: float | None, *, alone: bool) -> None:
+    """Ticks at the radii that were measured, thinned until their labels keep apart."""
+    edge = radii[-1] if radii else 1.0
+    room = (0.085 if alone else 0.24) * edge  # what one label needs, by eye, at the printed size
+    shown = [0.0]
+    for eps in reversed(radii):  # from the right: the largest radius always has its label
+        if all(abs(eps - other) >= room for other in shown):
+            shown.append(eps)
+    places, labels = sorted(shown), [format_eps(e) for e in sorted(shown)]
+    if infinite is not None:
+        axis.axvline((edge + infinite) / 2, color="#999999", linewidth=0.8, linestyle=(0, (1, 2)))
+        places, labels = [*places, infinite], [*labels, "∞"]
+    axis.set_xticks(places, labels)
+    axis.set_xticks(list(radii), minor=True)
+    axis.set_xlim(-0.03 * edge, (infinite or edge) + 0.05 * edge)
+
+
+def _lines(cells: Sequence[Record], defenses: list[str]) -> list[Line]:
+    """The bare classifier first, then each defense under each access; each seed is a line of its own."""
+    result = [
+        Line(_BARE, BLACK, (0, (1, 1.2)), "x", points)
+        for seed in sorted({r.seed for r in cells})
+        if (points := _bare_points([r for r in cells if r.seed == seed]))
+    ]
+    groups: dict[tuple[str, str, int], list[Record]] = {}
+    for record in cells:
+        if record.defense != "none":
+            groups.setdefault((_defense(record), record.access, record.seed), []).append(record)
+    for (defense, access, _), group in groups.items():
+        place = defenses.index(defense)
+        if len(defenses) == 1:
+            color, marker, label = (VERMILLION, "s", access) if access == "white_box" else (BLUE, "o", access)
+        else:
+            color, marker = _DEFENSES[place % len(_DEFENSES)], _MARKERS[place % len(_MARKERS)]
+            label = f"{defense}, {access}"
+        result.append(Line(label, color, _STYLES.get(access, "dashdot"), marker, _points(group)))
+    return result
+
+
+def _points(group: Sequence[Record]) -> tuple[Point, ...]:
+    points = {}
+    for r in group:
+        if r.correct_defended is not None and r.n:
+            points[0.0] = Point(0.0, r.correct_defended / r.n, *store.wilson(r.correct_defended, r.n))
+    for r in group:
+        if r.eps is not None and r.robust_accuracy is not None:
+            low, high = r.robust_accuracy_low, r.robust_accuracy_high
+            here = r.robust_accuracy
+            points[r.eps] = Point(r.eps, here, here if low is None else low, here if high is None else high)
+    return tuple(points[eps] for eps in sorted(points))
+
+
+def _bare_points(group: Sequence[Record]) -> tuple[Point, ...]:
+    """The bare classifier: gray_box images are aimed at it, and so is every cell of ``defense=none``."""
+    points = {}
+    for r in group:
+        if r.correct_bare is not None and r.n:
+            points[0.0] = Point(0.0, r.correct_bare / r.n, *store.wilson(r.correct_bare, r.n))
+    for r in group:
+        right = r.correct_attacked if r.defense == "none" else r.correct_attacked_bare
+        if right is not None and r.eps is not None and r.n:
+            points[r.eps] = Point(r.eps, right / r.n, *store.wilson(right, r.n))
+    return tuple(points[eps] for eps in sorted(points)) if len(points) > 1 else ()

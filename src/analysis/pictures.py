@@ -1,0 +1,165 @@
+"""What an attack did to single images: clean, adversarial, the change, and what the purifier made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src import records as store
+from src.analysis.curves import BLUE, VERMILLION, paper_style, save_figure
+from src.records import Record
+from src.tables import format_eps
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_NEEDED = (
+    "clean", "adversarial", "purified", "picture_label", "picture_clean_prediction", "picture_prediction",
+    "picture_bare_prediction", "class_names",
+)  # fmt: skip
+# Inches. Places are set by hand: the automatic layouts leave as much air between the rows as there is image.
+_SIDE, _PITCH, _TEXT = 0.72, 0.76, 0.15
+_LEFT, _HEAD, _FOOT = 1.2, 0.27, 0.3
+_FONT = 7  # below the 8 points of the curves: a prediction has to fit over an image of 0.7 in
+
+
+def sidecars(folders: Iterable[Path]) -> dict[str, Path]:
+    """Key of a record → its ``.npz``, for all found in the folders and below."""
+    return {path.stem: path for folder in folders for path in sorted(Path(folder).rglob("*.npz"))}
+
+
+def choose(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]:
+    """The cells to draw: each access at the largest finite eps measured (under white_box, where it was)."""
+    usable = [r for r in records if r.status == "done" and r.eps is not None and r.key in files]
+    finite = [r for r in usable if r.eps is not None and math.isfinite(r.eps)] or usable
+    ranked = [r for r in finite if r.access == "white_box"] or finite
+    if not ranked:
+        return []
+    best = max(ranked, key=lambda r: r.eps or 0.0)
+    same = {r.access: r for r in finite if r.gap_key == best.gap_key} | {best.access: best}
+    return [same[access] for access in sorted(same)]  # gray_box above white_box
+
+
+def picture_grid(records: Iterable[Record], folder: Path | Mapping[str, Path], path: Path) -> Path | None:
+    """Draw the examples of one setting; ``None`` when no sidecar has any.
+
+    Args:
+        records: cells of one dataset, classifier, defense, attack and norm; the eps to show is chosen here.
+        folder: where the sidecars lie, or what :func:`sidecars` found there.
+        path: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    files = folder if isinstance(folder, Mapping) else sidecars([folder])
+    cells = [(record, _load(files[record.key])) for record in choose(records, files)]
+    blocks = [(record, arrays) for record, arrays in cells if arrays is not None]
+    if not blocks:
+        return None
+    count = max(len(arrays["clean"]) for _, arrays in blocks)
+    width = _LEFT + count * _PITCH
+    height = _FOOT + sum(_HEAD + sum(_height(row) for row in _rows(arrays)) for _, arrays in blocks)
+    with paper_style():
+        figure = Figure(figsize=(width, height), dpi=200)
+        top = height
+        for record, arrays in blocks:
+            top = _block(figure, top, record, arrays)
+        legend = "Over an image: the label predicted. ✓ right (blue), ✗ wrong (orange)."
+        figure.text(0.05 / width, 0.09 / height, legend, fontsize=_FONT + 1, color="#333333")
+        return save_figure(figure, path)
+
+
+def _height(row: str) -> float:
+    return _PITCH + (0.0 if row == "change" else _TEXT)
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    """The arrays of a sidecar; ``None`` if it has no examples or is damaged, which is no reason to crash."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in _NEEDED}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return arrays if len(arrays["clean"]) else None
+
+
+def _rows(arrays: Mapping[str, Any]) -> list[str]:
+    """A defense that does not change the input has nothing to show as purified."""
+    import numpy as np
+
+    rows = ["clean", "adversarial", "change"]
+    return rows if np.array_equal(arrays["purified"], arrays["adversarial"]) else [*rows, "purified"]
+
+
+def _block(figure: Any, top: float, record: Record, arrays: Mapping[str, Any]) -> float:
+    """One access from ``top`` (inches from the foot of the page) downwards; returns where it ends."""
+    width, height = figure.get_size_inches()
+    defense = "" if record.defense == "none" else f", defense {record.defense}"
+    setting = f"{record.dataset}, {record.classifier}{defense}, {record.attack} {record.norm}"
+    title = f"{record.access}: {setting} ε = {format_eps(record.eps)}"
+    figure.text(0.05 / width, (top - 0.2) / height, title, fontsize=_FONT + 2)
+    top -= _HEAD
+    names = [str(name) for name in arrays["class_names"]]
+    for row in _rows(arrays):
+        images, predictions, label = _content(
+            row, arrays, "classifier" if record.defense == "none" else "defended model"
+        )
+        top -= _height(row)
+        middle = (top + _SIDE / 2) / height
+        figure.text((_LEFT - 0.08) / width, middle, label, fontsize=_FONT + 1, ha="right", va="center")
+        for column, image in enumerate(images):
+            place = ((_LEFT + column * _PITCH) / width, top / height, _SIDE / width, _SIDE / height)
+            axis = figure.add_axes(place, xticks=[], yticks=[])
+            axis.spines[:].set(visible=True, color="#bbbbbb", linewidth=0.4)
+            _draw(axis, image)
+            if predictions is not None:
+                truth, said = int(arrays["picture_label"][column]), int(predictions[column])
+                mark, color = ("✓", BLUE) if said == truth else ("✗", VERMILLION)
+                axis.set_title(f"{_name(names, said)} {mark}", fontsize=_FONT, color=color, pad=2)
+    return top
+
+
+def _content(row: str, arrays: Mapping[str, Any], model: str) -> tuple[Any, Any, str]:
+    """Images of a row, the predictions to put over them, and what the row is called."""
+    if row == "clean":
+        return arrays["clean"], arrays["picture_clean_prediction"], f"clean\n({model})"
+    if row == "purified":
+        return arrays["purified"], arrays["picture_prediction"], f"purified\n({model})"
+    if row == "change":
+        change = arrays["adversarial"] - arrays["clean"]
+        scale = 0.4 / max(float(abs(change).max()), 1e-6)
+        return 0.5 + scale * change, None, f"perturbation\n(\N{MULTIPLICATION SIGN}{scale:.3g}, gray = 0)"
+    # Over the adversarial image of a purifier stands what the bare classifier says, since the defended
+    # model's word belongs to the purified one. Any other defense answers for the adversarial image itself.
+    if "purified" in _rows(arrays):
+        return arrays["adversarial"], arrays["picture_bare_prediction"], "adversarial\n(bare classifier)"
+    return arrays["adversarial"], arrays["picture_prediction"], f"adversarial\n({model})"
+
+
+def _draw(axis: Any, image: NDArray[np.float32]) -> None:
+    """``(C, H, W)`` in [0, 1]; anything but one or three channels is shown as their mean."""
+    if image.shape[0] == 3:
+        axis.imshow(image.transpose(1, 2, 0).clip(0, 1), interpolation="nearest")
+    else:
+        axis.imshow(image.mean(axis=0).clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def _name(names: Sequence[str], index: int) -> str:
+    name = names[index] if 0 <= index < len(names) else str(index)
+    return name if len(name) <= 10 else f"{name[:9]}…"
+
+
+def groups(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
+    """Cells that share a picture: everything but eps, access and seed."""
+    result: dict[tuple[str, ...], list[Record]] = {}
+    for r in sorted(records, key=store.order):
+        targeted = ("targeted",) if r.targeted else ()
+        key = (r.dataset, r.classifier, r.defense, r.attack, *targeted, r.norm, *filter(None, [r.variant]))
+        result.setdefault(key, []).append(r)
+    return result

@@ -1,0 +1,120 @@
+"""How attacks enter Lightning: the batch is attacked before the module sees it, and the module need not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from src.attacks.base import Attack
+from src.errors import UserError
+from src.keys import seed_of
+from src.threat import ThreatModel
+
+
+class AttackCallback(Callback):
+    """Replaces the images of a batch by attacked ones: at test, and at fit for modules that learn from attacks.
+
+    A batch is a dict with ``image`` and ``label`` (then ``clean`` and ``verdict`` are added to it), or a list whose
+    first two entries are images and labels.
+
+    Args:
+        attack: what attacks.
+        threat: norm and radius. At fit each batch gets a radius drawn uniformly up to it, so that the module learns
+            every strength; at test the radius is the threat's.
+        target: the model under attack; None: the module itself.
+        seed: with the position of a batch's first image it decides all randomness of the attack on that batch, so
+            that any number of devices makes the same images.
+    """
+
+    def __init__(self, *, attack: Attack, threat: ThreatModel, target: nn.Module | None = None, seed: int = 0) -> None:
+        self.attack = attack
+        self.threat = threat
+        self.target = target
+        self.seed = seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.target is not None:
+            self.target.to(pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        seed = seed_of(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        self._replace(pl_module, batch, seed, draw_radius=True)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # The same radii and images every epoch: epochs are compared by this figure.
+        self._replace(pl_module, batch, seed_of(self.seed, batch_idx, trainer.global_rank), draw_radius=True)
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        first = int(batch["index"][0]) if isinstance(batch, dict) and "index" in batch else batch_idx
+        self._replace(pl_module, batch, seed_of(self.seed, first), draw_radius=False)
+
+    def _replace(self, pl_module: LightningModule, batch: Any, seed: int, *, draw_radius: bool) -> None:
+        if not isinstance(batch, dict | list):
+            raise UserError(
+                f"batches are {type(batch).__name__}; an attack needs a dict with image and label, or a list"
+            )
+        image: Any = "image" if isinstance(batch, dict) else 0
+        label: Any = "label" if isinstance(batch, dict) else 1
+        generator = torch.Generator().manual_seed(seed)
+        threat = self.threat
+        if draw_radius:
+            threat = dataclasses.replace(threat, eps=threat.eps * float(torch.rand((), generator=generator)))
+        clean = batch[image]
+        started = time.perf_counter()
+        attacked = self.attack(self.target or pl_module, clean, batch[label], threat, generator=generator)
+        seconds = time.perf_counter() - started
+        batch[image] = attacked.images
+        if isinstance(batch, dict):
+            batch["clean"] = clean
+            batch["verdict"] = _verdict(attacked, seconds)
+
+
+class Replay(Callback):
+    """Shows a module the attacked images made earlier for another: gray_box examples meet every defense."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        batch["clean"] = batch["image"]
+        batch["image"] = self.images[batch["index"].cpu()].to(batch["image"].device)
+
+
+def _verdict(attacked: Any, seconds: float) -> dict[str, Tensor]:
+    """What the attack says of each image; costs are shared evenly among the images it worked on."""
+    worked = max(1, int(attacked.attempted.sum()))
+    share = attacked.attempted.to(torch.float64)
+    return {
+        "attempted": attacked.attempted,
+        "success": attacked.success,
+        "distance": attacked.distance,
+        "attack_seconds": share * (seconds / worked),
+        "forward_passes": share * (attacked.forward_passes / worked),
+        "backward_passes": share * (attacked.backward_passes / worked),
+    }

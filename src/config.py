@@ -1,0 +1,208 @@
+"""From a composed config to objects, with wrong input turned into one clear line.
+
+The class is the schema: the keyword arguments of the class that ``_target_`` names, with their annotations, say which
+keys a choice has and what values they take. A new attack or defense therefore needs no entry here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
+
+from src.errors import UserError
+from src.recipe import Recipe
+from src.threat import Access, Norm, parse_eps_list
+
+# Filled in from the dataset's spec and the stages, never typed by a user.
+FROM_PIPELINE = frozenset({"channels", "size", "num_classes", "mean", "std"})
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ThreatConfig(Strict):
+    norm: str
+    eps: Any = None
+    access: Any
+    targeted: bool
+
+
+class Limit(Strict):
+    epochs: PositiveInt | None
+    train_images: PositiveInt | None
+    test_images: PositiveInt | None
+
+
+class Paths(Strict):
+    data: str
+    artifacts: str
+
+
+class TrainedOn(Strict):
+    """The attack whose images a defense learns from, made on the bare classifier."""
+
+    attack: dict[str, Any]
+    norm: str
+    eps: Any  # largest radius; null: the largest of the dataset's own for that norm
+
+
+class Trained(Strict):
+    """What a classifier or a defense has beside the arguments of its class."""
+
+    fit: Recipe | None = None  # absent: nothing to train
+    checkpoint: str | None = None  # weights of one's own instead of training
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # classifiers only
+    trained_on: TrainedOn | None = None
+
+
+def split(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], Trained]:
+    """The arguments of the class, and how it is trained."""
+    beside = {name: value for name, value in node.items() if name in Trained.model_fields}
+    return {name: value for name, value in node.items() if name not in beside}, validate(Trained, beside, key)
+
+
+class Job(Strict):
+    """The root of the config: one cell, or several that differ in eps and access only."""
+
+    seed: NonNegativeInt
+    eval_batch_size: PositiveInt
+    eot_draws: PositiveInt
+    dataset: dict[str, Any]
+    classifier: dict[str, Any]
+    defense: dict[str, Any]
+    attack: dict[str, Any]
+    threat: ThreatConfig
+    trainer: dict[str, Any]
+    logger: dict[str, Any]
+    callbacks: dict[str, Any]
+    limit: Limit
+    paths: Paths
+
+    @property
+    def norm(self) -> Norm:
+        return Norm.parse(self.threat.norm)
+
+    @property
+    def access(self) -> tuple[Access, ...]:
+        return Access.parse(self.threat.access)
+
+    def eps(self, default: tuple[float, ...]) -> tuple[float, ...]:
+        return default if self.threat.eps is None else parse_eps_list(self.threat.eps)
+
+
+def parse(cfg: DictConfig) -> Job:
+    """Validate the whole composed config before any work.
+
+    Raises:
+        UserError: an unknown or misspelled key, a value of the wrong kind, an interpolation that leads nowhere.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
+    assert isinstance(plain, dict)
+    job = validate(Job, typing.cast(dict[str, Any], plain), "")
+    _ = job.norm, job.access, job.eps((0.0,))
+    for group in ("dataset", "attack", "trainer", "logger"):
+        check(getattr(job, group), group)
+    for group in ("classifier", "defense"):
+        node, trained = split(getattr(job, group), group)
+        check(node, group)
+        if trained.trained_on:
+            check(trained.trained_on.attack, f"{group}.trained_on.attack")
+    for name, callback in job.callbacks.items():
+        check(callback, f"callbacks.{name}")
+    return job
+
+
+def check(node: object, key: str) -> None:
+    """Validate a node with ``_target_``, and those inside it, without making anything."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise UserError(f"{key}={node}: expected one of the choices in conf/{key}, which name a _target_")
+    _arguments(locate(node, key), node, key)
+
+
+def build(node: Mapping[str, Any], key: str, **given: Any) -> Any:
+    """Make the object that ``node`` describes; ``given`` adds what the pipeline knows, where the class asks for it."""
+    target = locate(node, key)
+    arguments = _arguments(target, node, key)
+    accepted = inspect.signature(target).parameters
+    arguments.update({name: value for name, value in given.items() if name in accepted})
+    return target(**arguments)
+
+
+def locate(node: Mapping[str, Any], key: str) -> Any:
+    """The class or function that ``_target_`` names."""
+    path = str(node["_target_"])
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}._target_={path}: cannot be imported ({error}). Expected package.module.Class") from None
+
+
+def _arguments(target: Any, node: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Keyword arguments out of a node: known names only, values as the annotations want them."""
+    values = {name: value for name, value in node.items() if name != "_target_"}
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    allowed = [n for n, p in parameters.items() if n not in FROM_PIPELINE and p.kind is not p.VAR_KEYWORD]
+    for name in values:
+        if name in FROM_PIPELINE or (name not in parameters and not open_ended):
+            raise UserError(unknown_key(f"{key}.{name}", name, allowed))
+    if not str(node["_target_"]).startswith("src."):
+        return {name: _nested(value, f"{key}.{name}") for name, value in values.items()}
+
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name in allowed:
+        default = parameters[name].default
+        fields[name] = (hints.get(name, Any), ... if default is inspect.Parameter.empty else default)
+    config = ConfigDict(
+        extra="allow" if open_ended else "forbid", arbitrary_types_allowed=True, protected_namespaces=()
+    )
+    model = create_model("Arguments", __config__=config, **fields)
+    checked = validate(model, values, key)
+    return {name: getattr(checked, name) for name in values}
+
+
+def _nested(value: Any, key: str) -> Any:
+    """Objects inside the arguments of other libraries' classes (a Trainer's profiler, say)."""
+    return build(value, key) if isinstance(value, Mapping) and "_target_" in value else value
+
+
+Model = typing.TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], values: Mapping[str, Any], key: str) -> Model:
+    """Pydantic's verdict as one line that names the key, the value and what is allowed."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(part for part in [key, *(str(p) for p in first["loc"])] if part)
+        if first["type"] == "extra_forbidden":
+            known = list(model.model_fields)
+            for part in first["loc"][:-1]:
+                inner = model.model_fields[str(part)].annotation
+                known = list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
+            raise UserError(unknown_key(where, str(first["loc"][-1]), known)) from None
+        if first["type"] == "missing":
+            raise UserError(f"{where}: missing; it has to be given") from None
+        raise UserError(f"{where}={first['input']}: {first['msg']}") from None
+
+
+def unknown_key(where: str, name: str, allowed: typing.Iterable[str]) -> str:
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{where}: unknown key; {hint}Allowed: {', '.join(allowed) or 'none'}"

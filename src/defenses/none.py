@@ -1,0 +1,14 @@
+"""No defense: the bare classifier, the row every other is compared with."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from src.defenses.base import DefendedModel, Defense
+
+
+class NoDefense(Defense):
+    """Passes the classifier through unchanged; gray_box and white_box are then the same attack."""
+
+    def guard(self, classifier: nn.Module) -> DefendedModel:
+        return DefendedModel(classifier=classifier)

@@ -1,0 +1,204 @@
+"""Training and testing through Lightning: the one place that builds a Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger
+from torch import Tensor
+
+from src.callbacks.collect import Collect
+from src.classifiers.module import Classifier
+from src.config import build
+from src.data.base import ImageDataModule
+from src.defenses.base import Defense
+from src.errors import UserError
+from src.keys import seed_of
+from src.recipe import Recipe
+from src.stages import clear
+
+log = logging.getLogger(__name__)
+
+# Lightning's start-up chatter is about itself; what the user needs to know, we say.
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+for message in (
+    ".*does not have many workers.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+    ".*smaller than the logging.*",
+):
+    warnings.filterwarnings("ignore", message)
+
+
+class Seeded(Callback):
+    """Sets the global random state at each epoch, so that a resumed training goes on as an undisturbed one."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.manual_seed(seed_of(self.seed, trainer.current_epoch, trainer.global_rank))
+
+
+class Finite(Callback):
+    """Stops at a loss that is NaN or infinite, before it is saved as a result."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, value in trainer.callback_metrics.items():
+            if not math.isfinite(float(value)):
+                raise UserError(
+                    f"{name}={float(value)} in epoch {trainer.current_epoch} of {type(pl_module).__name__}: "
+                    "training diverged; lower fit.lr or use fit.precision=32-true"
+                )
+
+
+def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
+    """A Trainer from ``conf/trainer`` with what every run of ours needs."""
+    check_devices(config)
+    try:
+        return build(
+            config,
+            "trainer",
+            callbacks=list(callbacks),
+            use_distributed_sampler=False,  # it pads; src.data shards exactly
+            inference_mode=False,  # attacks need gradients at test time
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            **options,
+        )
+    except Exception as error:  # Lightning's own checks of accelerator, devices, strategy
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def check_devices(config: Mapping[str, Any]) -> None:
+    accelerator, strategy = config.get("accelerator", "auto"), str(config.get("strategy", "auto"))
+    devices = config.get("devices", "auto")
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).lstrip("-").isdigit() else 1
+    if strategy not in ("auto", "ddp_spawn", "ddp_fork"):
+        raise UserError(
+            f"trainer.strategy={strategy}: it would run this command again in every process, and a sweep would test a "
+            "part of the data only. Allowed: auto (one device), ddp_spawn (trainer=ddp), ddp_fork (trainer=ddp_cpu)"
+        )
+    if accelerator in ("gpu", "cuda"):
+        found = torch.cuda.device_count()
+        if found == 0:
+            raise UserError(
+                f"trainer.accelerator={accelerator}: no CUDA device on this machine. Use trainer=cpu or ddp_cpu"
+            )
+        if count > found:
+            raise UserError(
+                f"trainer.devices={devices}: this machine has {found} CUDA device(s); ask for at most {found}"
+            )
+    if accelerator == "cpu":
+        cores = os.cpu_count() or 1
+        if count > cores:
+            raise UserError(f"trainer.devices={devices}: this machine has {cores} CPU core(s); ask for at most {cores}")
+    if count > 1 and strategy == "auto":
+        raise UserError(
+            f"trainer.devices={devices}: this trainer is for one device. Use trainer=ddp or trainer=ddp_cpu"
+        )
+
+
+def fit(
+    module: Classifier | Defense,
+    data: ImageDataModule,
+    recipe: Recipe,
+    *,
+    config: Mapping[str, Any],
+    folder: Path,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+    logger: Logger | bool = False,
+) -> None:
+    """Train ``module``, or go on with what lies in ``folder``; leaves the weights of the best validation epoch in it.
+
+    Writes ``folder/metrics.csv``, the training curves. Checkpoints are removed when training is over.
+    """
+    monitor, mode = module.monitor
+    module.recipe = recipe
+    if recipe.channels_last:
+        module.to(memory_format=torch.channels_last)
+    data.configure(batch_size=recipe.batch_size, augment=recipe.augment)
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor=monitor,
+        mode=mode,
+        save_last=True,
+        enable_version_counter=False,
+    )
+    watchers: list[Callback] = [Seeded(seed), Finite(), best]
+    if recipe.patience is not None:
+        watchers.append(EarlyStopping(monitor, mode=mode, patience=recipe.patience, check_finite=False))
+    curves = CSVLogger(save_dir=folder, name="", version="curves", flush_logs_every_n_steps=50)
+    # A logger with a connection of its own cannot follow into other processes: the curves are in the CSV in any case.
+    live = [logger] if isinstance(logger, Logger) and config.get("strategy", "auto") == "auto" else []
+    run = trainer(
+        config,
+        callbacks=[*watchers, *callbacks],
+        logger=[curves, *live],
+        max_epochs=recipe.epochs,
+        precision=recipe.precision,
+        log_every_n_steps=50,
+    )
+    torch.manual_seed(seed)
+    run.fit(module, datamodule=data, ckpt_path=_last(folder), weights_only=True)
+    if run.interrupted:
+        raise KeyboardInterrupt
+    state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
+    module.load_state_dict(state)
+    written = folder / "curves" / "metrics.csv"
+    if written.exists():
+        written.replace(folder / "metrics.csv")
+    clear(folder, "*.ckpt", "curves")
+
+
+def _last(folder: Path) -> Path | None:
+    """The checkpoint an interrupted training left, if it can be read."""
+    path = folder / "last.ckpt"
+    if not path.exists():
+        return None
+    try:
+        torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # truncated, not a checkpoint, or a pickle that would run code
+        log.warning("%s: cannot be read (%s); training starts again", path, type(error).__name__)
+        clear(folder, "*.ckpt", "curves")
+        return None
+    return path
+
+
+def evaluate(
+    module: LightningModule,
+    data: ImageDataModule,
+    *,
+    config: Mapping[str, Any],
+    path: Path,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+    keep: Mapping[str, int | None] | None = None,
+) -> dict[str, Tensor]:
+    """Run the test split through ``module`` and collect what each image got, in the order of the split.
+
+    Args:
+        path: file the collected tensors are written to, by the process of rank zero.
+        callbacks: what happens to a batch before the module sees it, such as an attack.
+        keep: image tensors of the batch to collect, with how many of the first images (None: all).
+
+    Raises:
+        RuntimeError: an image was counted twice or not at all.
+    """
+    collect = Collect(path=path, expected=len(data.test), seed=seed, keep=keep or {})
+    extra = [callback for callback in callbacks if callback is not None]
+    run = trainer(config, callbacks=[*extra, collect], logger=False, enable_checkpointing=False)
+    run.test(module, datamodule=data, verbose=False)
+    if run.interrupted:
+        raise KeyboardInterrupt
+    return torch.load(path, weights_only=True)

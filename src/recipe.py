@@ -1,0 +1,64 @@
+"""How a module is trained: the ``fit`` block of a classifier or a defense, and the optimiser it asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
+
+class Recipe(BaseModel):
+    """Keys of ``conf/fit/default.yaml``; whatever is here is part of the content key of the stage it trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: PositiveInt
+    batch_size: PositiveInt  # over all devices together
+    optimizer: Literal["sgd", "adam", "adamw"]
+    lr: PositiveFloat  # peak
+    momentum: Annotated[float, Field(ge=0, lt=1)]  # sgd only
+    weight_decay: NonNegativeFloat  # on weights, never on biases and batch norm
+    schedule: Literal["onecycle", "cosine", "none"]
+    warmup: Annotated[float, Field(gt=0, lt=1)]  # onecycle only: share of the steps
+    augment: bool
+    patience: PositiveInt | None  # epochs without a better validation figure before stopping
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    channels_last: bool
+
+    def optimizers(self, module: LightningModule) -> dict[str, Any]:
+        """What ``configure_optimizers`` returns: the optimiser and a schedule stepped once a batch."""
+        import torch
+        from torch.optim import lr_scheduler
+
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+        else:
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
+            optimizer = kind(groups, lr=self.lr)
+        if self.schedule == "none":
+            return {"optimizer": optimizer}
+        steps = int(module.trainer.estimated_stepping_batches)
+        schedule: lr_scheduler.LRScheduler
+        if self.schedule == "cosine":
+            schedule = lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        else:
+            schedule = lr_scheduler.OneCycleLR(
+                optimizer,
+                self.lr,
+                total_steps=steps,
+                pct_start=self.warmup,
+                anneal_strategy="linear",
+                div_factor=10,
+                final_div_factor=1000,
+                cycle_momentum=False,
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

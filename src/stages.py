@@ -1,0 +1,106 @@
+"""Fit-or-load: the only place that knows the cache.
+
+A stage is a folder ``<root>/<kind>/<key>/`` whose name is a hash of what it depends on. It is made in a hidden folder
+beside it under a lock and renamed when whole; ``meta.json`` holds a digest of each file, so that damage is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from src.errors import UserError
+from src.keys import file_digest
+
+log = logging.getLogger(__name__)
+
+
+class Stages:
+    """The stages under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"paths.artifacts={root}: cannot be created ({error.strerror}); name a folder you can write to"
+            ) from None
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise UserError(f"paths.artifacts={root}: not writable; name a folder you can write to")
+
+    def make(self, kind: str, key: str, *, what: str, build: Callable[[Path], None], about: dict[str, Any]) -> Path:
+        """The folder of a stage, found or made.
+
+        Args:
+            kind: classifier, defense, examples, …
+            key: content key.
+            what: words for the log, "classifier cnn3 on digits".
+            build: writes the stage's files into the folder it is given. What an earlier, interrupted ``build`` left
+                there is still in it.
+            about: written to ``meta.json``: what the key was made of, for people and tools.
+        """
+        final = self.root / kind / key
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked(final.parent / f".{key}.lock", what):
+            if self._intact(final):
+                log.info("%s: found (%s)", what, key)
+                return final
+            partial = final.parent / f".{key}.partial"
+            partial.mkdir(exist_ok=True)
+            log.info("%s: making it (%s)%s", what, key, ", resuming" if any(partial.iterdir()) else "")
+            started = time.perf_counter()
+            build(partial)
+            meta = {
+                "kind": kind,
+                "key": key,
+                "what": what,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.perf_counter() - started, 2),
+                "files": {path.name: file_digest(path) for path in sorted(partial.iterdir())},
+                "about": about,
+            }
+            (partial / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+            partial.rename(final)
+        return final
+
+    def _intact(self, folder: Path) -> bool:
+        """Whether the stage is there and whole; a damaged one is set aside, never deleted."""
+        if not folder.exists():
+            return False
+        try:
+            files = json.loads((folder / "meta.json").read_text())["files"]
+            broken = [name for name, digest in files.items() if file_digest(folder / name) != digest]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            broken = [f"meta.json ({type(error).__name__})"]
+        if not broken:
+            return True
+        aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
+        folder.rename(aside)
+        log.warning("%s: damaged (%s); set aside as %s and made again", folder, ", ".join(broken), aside.name)
+        return False
+
+    @staticmethod
+    def _locked(path: Path, what: str) -> AcquireReturnProxy:
+        lock = FileLock(path)
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: another process is making it; waiting", what)
+            return lock.acquire()
+
+
+def clear(folder: Path, *patterns: str) -> None:
+    """Remove working files of a build before its folder becomes a stage."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,286 @@
+"""Records as tables: ``results.csv`` has a row per cell; ``results.md`` and the terminal have a row per eps.
+
+There the accesses stand side by side because that is the honest reading: ``gray_box`` alone says what a
+defense does to an attacker who does not know it, the gap to ``white_box`` how much of that was real.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from src import records as store
+from src.records import Record
+
+if TYPE_CHECKING:  # pandas and rich take a second to import; `--help` and a sweep's plan must not wait for them
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+# Types are stated, not inferred: a sweep whose cells all failed still gives columns of numbers.
+_SCHEMA = (
+    ("str", "dataset classifier defense attack norm"),
+    ("float64", "eps"),
+    ("str", "access"),
+    ("int64", "seed n"),
+    (
+        "float64",
+        "clean_accuracy clean_accuracy_defended robust_accuracy robust_accuracy_low robust_accuracy_high",
+    ),
+    ("float64", "attack_success_rate distance_median attack_ms_per_image defense_ms_per_image"),
+    ("str", "flags status reason key"),
+    # extras, after the columns that others rely on
+    ("bool", "targeted"),
+    ("str", "variant"),
+    (
+        "float64",
+        "robust_accuracy_bare distance_max forward_passes backward_passes detection_auc detection_tpr",
+    ),
+)
+_DTYPES = {name: dtype for dtype, names in _SCHEMA for name in names.split()}
+COLUMNS = tuple(_DTYPES)
+
+
+def to_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a cell, columns as in :data:`COLUMNS`; missing numbers are NaN, flags joined by ``;``."""
+    import pandas as pd
+
+    rows = sorted(records, key=store.order)
+    return pd.DataFrame({name: [_plain(row, name) for row in rows] for name in COLUMNS}).astype(_DTYPES)
+
+
+def _plain(record: Record, name: str) -> object:
+    value = getattr(record, name)
+    return ";".join(value) if isinstance(value, list) else value
+
+
+def write_csv(records: Iterable[Record], path: Path) -> Path:
+    """Write ``results.csv``, whole or not at all."""
+    store.write_whole(path, to_frame(records).to_csv(index=False).encode())
+    return path
+
+
+@dataclass
+class Row:
+    """The cells that differ in access only. ``cells`` maps access to its record, failed ones included."""
+
+    first: Record
+    cells: dict[str, Record] = field(default_factory=dict)
+
+    def done(self, access: str) -> Record | None:
+        record = self.cells.get(access)
+        return record if record is not None and record.status == "done" else None
+
+    @property
+    def any_done(self) -> Record | None:
+        return next((r for r in self.cells.values() if r.status == "done"), None)
+
+    @property
+    def bare(self) -> tuple[float, float, float] | None:
+        """Accuracy and interval of the bare classifier; only gray_box images are aimed at it."""
+        record = self.done("gray_box")
+        if record is None or record.correct_attacked_bare is None or record.n == 0:
+            return None
+        return record.correct_attacked_bare / record.n, *store.wilson(record.correct_attacked_bare, record.n)
+
+    @property
+    def gap(self) -> float | None:
+        """``gray_box`` minus ``white_box``, a fraction."""
+        gray, white = self.done("gray_box"), self.done("white_box")
+        if gray is None or white is None or gray.robust_accuracy is None or white.robust_accuracy is None:
+            return None
+        return gray.robust_accuracy - white.robust_accuracy
+
+    @property
+    def notes(self) -> str:
+        """Flags of the sanity checks and, for what failed, why."""
+        notes = list(dict.fromkeys(flag for record in self.cells.values() for flag in record.flags))
+        reasons: dict[str, list[str]] = {}
+        for access, record in self.cells.items():
+            if record.status == "failed":
+                reasons.setdefault(" ".join(record.reason.split()) or "no reason recorded", []).append(access)
+        notes += [f"failed ({', '.join(filter(None, names)) or 'job'}): {why}" for why, names in reasons.items()]
+        return "; ".join(notes)
+
+
+def side_by_side(records: Iterable[Record]) -> list[Row]:
+    """Pair records that differ in access only, in the order of the table.
+
+    Cells of one access never overwrite each other: what came from other weights, or twice, is its own row.
+    """
+    rows: dict[tuple[object, ...], Row] = {}
+    for record in sorted(records, key=store.order):
+        weights = tuple(record.stages.get(kind, "") for kind in ("classifier", "defense"))
+        copy = 0
+        while record.access in (row := rows.setdefault((*record.gap_key, weights, copy), Row(record))).cells:
+            copy += 1
+        row.cells[record.access] = record
+    return list(rows.values())
+
+
+def format_eps(eps: float | None) -> str:
+    """A radius as people write it: ``0.3``, ``8/255``, ``inf``."""
+    if eps is None:
+        return "-"
+    if math.isinf(eps) or abs(eps - round(eps, 3)) < 1e-9:
+        return f"{eps:g}"
+    steps = eps * 255
+    return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-4 else f"{eps:.4g}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _with_interval(value: float | None, low: float | None, high: float | None, separator: str = " ") -> str:
+    if value is None or low is None or high is None:
+        return percent(value)
+    return f"{percent(value)}{separator}[{percent(low)}, {percent(high)}]"
+
+
+def _accuracy(row: Row, access: str, separator: str) -> str:
+    record = row.cells.get(access)
+    if record is None or record.status == "failed":
+        return "-" if record is None else "failed"
+    return _with_interval(record.robust_accuracy, record.robust_accuracy_low, record.robust_accuracy_high, separator)
+
+
+def _count(row: Row) -> str:
+    return "/".join(dict.fromkeys(str(r.n) for r in row.cells.values() if r.status == "done")) or "-"
+
+
+Column = tuple[str, Callable[[Row], str]]
+IDENTITY: tuple[Column, ...] = (
+    ("dataset", lambda row: row.first.dataset),
+    ("classifier", lambda row: row.first.classifier),
+    ("defense", lambda row: row.first.defense),
+    ("attack", lambda row: row.first.attack + (" (targeted)" if row.first.targeted else "")),
+    ("norm", lambda row: row.first.norm),
+    ("seed", lambda row: str(row.first.seed)),
+    ("variant", lambda row: row.first.variant),
+)
+
+
+def _measures(rows: Sequence[Row], separator: str = " ") -> list[Column]:
+    known = ["gray_box", "white_box"]
+    known += sorted({a for row in rows for a, r in row.cells.items() if r.status == "done"} - set(known))
+    done = [(row, row.any_done) for row in rows]
+    clean = {id(row): (percent(r.clean_accuracy), percent(r.clean_accuracy_defended)) for row, r in done if r}
+    columns: list[Column] = [
+        ("eps", lambda row: format_eps(row.first.eps)),
+        ("n", _count),
+        ("clean bare", lambda row: clean.get(id(row), ("-", "-"))[0]),
+        ("clean defended", lambda row: clean.get(id(row), ("-", "-"))[1]),
+        ("robust bare", lambda row: _with_interval(*row.bare, separator) if row.bare else "-"),
+    ]
+    columns += [(f"robust {a}", partial(_accuracy, access=a, separator=separator)) for a in known]
+    return [*columns, ("gap (pp)", lambda row: percent(row.gap))]
+
+
+def reading(records: Sequence[Record]) -> str:
+    """How to read the table, with the facts that make it a measurement: n, interval, threat model, date."""
+    done = [r for r in records if r.status == "done"]
+    failed = len(records) - len(done)
+    counts = ", ".join(sorted({str(r.n) for r in done}, key=int)) or "no"
+    threats = ", ".join(sorted({f"{r.attack} ({'targeted' if r.targeted else 'untargeted'}, {r.norm})" for r in done}))
+    date = max((r.created for r in records), default="")[:10]
+    return (
+        f"Accuracies are percentages of {counts} test images, each counted once; brackets hold the 95 % "
+        "Wilson interval. Eps is the radius of the perturbation, in its norm, for pixels in [0, 1]. "
+        f"Threat model: {threats or 'none measured'}. `bare` is the classifier without the defense; "
+        "`gray_box` attacks that bare classifier and shows the images to the defended model; `white_box` "
+        "attacks the defended model through its defense and is the figure to quote. The gap, gray_box minus "
+        "white_box in percentage points, is the robustness that is gone once the attacker knows the defense. "
+        f"{f'{failed} cell(s) failed, see notes. ' if failed else ''}Measured {date or 'on an unknown date'}."
+    )
+
+
+def write_markdown(records: Iterable[Record], path: Path) -> Path:
+    """Write ``results.md``: the side-by-side table with all its columns, then how to read it."""
+    from tabulate import tabulate
+
+    cells = sorted(records, key=store.order)
+    rows = side_by_side(cells)
+    identity = [c for c in IDENTITY if c[0] != "variant" or any(row.first.variant for row in rows)]
+    notes: Column = ("notes", lambda row: row.notes)
+    columns = [*identity, *_measures(rows), notes]
+    body = [[value(row).replace("|", "\\|") for _, value in columns] for row in rows]
+    align = ["left"] * len(identity) + ["right"] * (len(columns) - len(identity) - 1) + ["left"]
+    table = tabulate(body, [name for name, _ in columns], tablefmt="pipe", colalign=align, disable_numparse=True)
+    store.write_whole(path, f"# Results\n\n{table}\n\n{reading(cells)}\n".encode())
+    return path
+
+
+def print_table(records: Iterable[Record], console: Console | None = None) -> None:
+    """The table in the terminal. Whatever is the same in all rows goes above it; no cell is ever cut.
+
+    In a narrow terminal intervals move to a second line, notes under the table. Into a pipe or a file every
+    row stays on one line, however long.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    console = console or Console()
+    rows = side_by_side(records)
+    if not rows:
+        console.print("No cells: nothing was measured.")
+        return
+    same, cells = _shared(_cells(rows, " "))
+    unbounded = console.options.update(width=100_000, max_width=100_000)
+    table = _rich_table(rows, cells)
+    needed = Measurement.get(console, unbounded, table).maximum
+    notes: list[str] = []
+    width = console.width
+    if needed > width and console.is_terminal:
+        _, cells = _shared(_cells(rows, "\n"))
+        notes = list(dict.fromkeys(filter(None, cells.get("notes", []))))
+        cells |= {"notes": [str(notes.index(n) + 1) if n else "" for n in cells["notes"]]} if notes else {}
+        table = _rich_table(rows, cells)
+    console.print(
+        Text(", ".join(f"{name} {value}" for name, value in same.items() if value), style="bold"),
+        soft_wrap=True,
+    )
+    try:
+        console.width = width if console.is_terminal else max(needed, width)
+        console.print(table)
+    finally:
+        console.width = width
+    for number, note in enumerate(notes, start=1):
+        console.print(Text(f"note {number}: {note}"), soft_wrap=True)
+    console.print(Text("Robust accuracy in % with its 95 % interval; gap = gray_box - white_box."), soft_wrap=True)
+
+
+def _cells(rows: Sequence[Row], separator: str) -> dict[str, list[str]]:
+    columns: list[Column] = [*IDENTITY, *_measures(rows, separator), ("notes", lambda row: row.notes)]
+    return {name: [value(row) for row in rows] for name, value in columns}
+
+
+def _shared(cells: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Split columns into those that say the same in every row and those worth showing."""
+    same: dict[str, str] = {}
+    for name in [name for name, _ in IDENTITY] + ["n"]:
+        values = set(cells[name]) - {"-"}  # a failed row has no n, which is no news
+        if len(values) == 1:
+            same[name] = values.pop()
+    return same, {n: v for n, v in cells.items() if n not in same and (n != "notes" or any(v))}
+
+
+def _rich_table(rows: Sequence[Row], cells: dict[str, list[str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    left = {name for name, _ in IDENTITY} | {"notes"}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in cells:
+        header = name.replace("clean defended", "clean def.").replace(" ", "\n")
+        table.add_column(Text(header), justify="left" if name in left else "right", overflow="fold")
+    for i, row in enumerate(rows):
+        style = "red" if any(r.status == "failed" for r in row.cells.values()) else ""
+        table.add_row(*(Text(values[i], style=style) for values in cells.values()))
+    return table

@@ -1,0 +1,184 @@
+"""The stages that hold weights: classifiers and defenses, trained once and found again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule
+
+from src import fit
+from src.callbacks.attack_callback import AttackCallback
+from src.classifiers.module import Classifier
+from src.config import Job, Trained, build, split
+from src.data import augment, loaders
+from src.data.base import ImageDataModule
+from src.defenses.base import DefendedModel, Defense
+from src.errors import UserError
+from src.keys import content_key, file_digest, source_digest
+from src.recipe import Recipe
+from src.stages import Stages
+from src.threat import Norm, ThreatModel, parse_eps
+from src.tracking import NoTracker
+
+log = logging.getLogger(__name__)
+
+
+class Workshop:
+    """What training a stage needs: the job's settings, the data, the cache and the tracker."""
+
+    def __init__(self, job: Job, data: ImageDataModule, stages: Stages, tracker: NoTracker) -> None:
+        self.job = job
+        self.data = data
+        self.stages = stages
+        self.tracker = tracker
+        spec = data.spec
+        self.shape = {
+            "channels": spec.channels,
+            "size": spec.size,
+            "num_classes": spec.num_classes,
+            "mean": spec.mean,
+            "std": spec.std,
+        }
+
+    def classifier(self, name: str) -> tuple[Classifier, str]:
+        """The trained classifier of the config, on the CPU and in eval mode, and its key."""
+        node, trained = split(self.job.classifier, "classifier")
+        network = build(node, "classifier", **self.shape)
+        smoothing = trained.label_smoothing
+        module = Classifier(network=network, num_classes=self.data.spec.num_classes, label_smoothing=smoothing)
+        if trained.checkpoint is not None:
+            return module, self._own_weights(module, Path(trained.checkpoint), "classifier.checkpoint")
+        if trained.fit is None:
+            raise UserError("classifier.fit: missing; it says how to train, see conf/fit/default.yaml")
+        what = f"classifier {name} on {self.data.spec.name}"
+        key = self._trained("classifier", module, trained.fit, what, {"node": node, "smoothing": smoothing})
+        return module, key
+
+    def defense(self, name: str, classifier: Classifier, classifier_key: str) -> tuple[DefendedModel, str]:
+        """The classifier behind the trained defense of the config, and the defense's key."""
+        node, trained = split(self.job.defense, "defense")
+        module: Defense = build(node, "defense", **self.shape)
+        about: dict[str, Any] = {"node": node}
+        if trained.checkpoint is not None:
+            key = self._own_weights(module, Path(trained.checkpoint), "defense.checkpoint")
+        elif trained.fit is None:
+            key = content_key(**about, source=source_digest(type(module)))
+        else:
+            callbacks = self._trained_on(trained, classifier, classifier_key, about)
+            what = f"defense {name} on {self.data.spec.name}"
+            key = self._trained("defense", module, trained.fit, what, about, callbacks)
+        return module.guard(classifier).eval(), key
+
+    def _trained_on(
+        self, trained: Trained, classifier: Classifier, classifier_key: str, about: dict[str, Any]
+    ) -> list[Callback]:
+        """The attack a defense learns from, if its config names one."""
+        source = trained.trained_on
+        if source is None:
+            return []
+        norm = Norm.parse(source.norm)
+        eps = max(self.data.spec.eps[norm]) if source.eps is None else parse_eps(source.eps, "defense.trained_on.eps")
+        attack = build(source.attack, "defense.trained_on.attack")
+        about["trained_on"] = {
+            "attack": source.attack,
+            "source": source_digest(type(attack), ThreatModel, AttackCallback),
+            "norm": norm,
+            "eps": eps,
+            "classifier": classifier_key,
+        }
+        threat = ThreatModel(norm=norm, eps=eps, exhaust=True)
+        return [AttackCallback(attack=attack, threat=threat, target=classifier, seed=self.job.seed)]
+
+    def _trained(
+        self,
+        kind: str,
+        module: Classifier | Defense,
+        recipe: Recipe,
+        what: str,
+        about: dict[str, Any],
+        callbacks: list[Callback] | None = None,
+    ) -> str:
+        """Weights found or made, loaded into ``module``; the key."""
+        if self.job.limit.epochs is not None:
+            recipe = recipe.model_copy(update={"epochs": min(recipe.epochs, self.job.limit.epochs)})
+        about = {
+            **about,
+            "recipe": recipe.model_dump(),
+            "data": self.data.fingerprint,
+            "seed": self.job.seed,
+            "source": source_digest(type(module), *_networks(module), Recipe, augment, loaders),
+        }
+        key = content_key(**about)
+
+        def train(folder: Path) -> None:
+            extra = [build(node, f"callbacks.{name}") for name, node in self.job.callbacks.items()]
+            fit.fit(
+                module,
+                self.data,
+                recipe,
+                config=self.job.trainer,
+                folder=folder,
+                seed=self.job.seed,
+                callbacks=[*(callbacks or []), *extra],
+                logger=self.tracker.lightning_logger(kind),
+            )
+            torch.save(module.state_dict(), folder / "weights.pt")
+
+        folder = self.stages.make(kind, key, what=what, build=train, about=about)
+        load_weights(module, folder / "weights.pt", str(folder))
+        if recipe.channels_last:
+            module.to(memory_format=torch.channels_last)
+        module.eval()
+        return key
+
+    @staticmethod
+    def _own_weights(module: LightningModule, path: Path, key: str) -> str:
+        """Weights that the user brings; their key is their content."""
+        load_weights(module, path, f"{key}={path}")
+        module.eval()
+        return f"own-{file_digest(path)[:16]}"
+
+
+def load_weights(module: torch.nn.Module, path: Path, where: str) -> None:
+    """A state dict, bare or inside a Lightning checkpoint, into a module of the same architecture.
+
+    Raises:
+        UserError: absent, damaged, a pickle that would run code, or of another architecture.
+    """
+    if not path.is_file():
+        raise UserError(f"{where}: no such file; expected weights saved with torch.save(module.state_dict(), path)")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(
+                f"{where}: holds more than tensors and could run code; expected a plain state dict"
+            ) from None
+        raise UserError(
+            f"{where}: damaged or not a checkpoint ({type(error).__name__}); expected a state dict"
+        ) from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{where}: not a state dict; expected names with tensors")
+    wanted = module.state_dict()
+    prefix = "network."
+    if not set(state) & set(wanted) and all(prefix + name in wanted for name in state):
+        state = {prefix + name: value for name, value in state.items()}
+    wrong = sorted(
+        name for name in set(wanted) | set(state)
+        if name not in wanted or name not in state or wanted[name].shape != state[name].shape
+    )  # fmt: skip
+    if wrong:
+        raise UserError(
+            f"{where}: of another architecture; {len(wrong)} of {len(wanted)} tensors differ, first {wrong[0]}"
+        )
+    module.load_state_dict(state)
+
+
+def _networks(module: LightningModule) -> list[type]:
+    """Our own classes inside a module: their source is part of its key."""
+    classes = {type(child) for child in module.modules()}
+    return sorted((cls for cls in classes if cls.__module__.startswith("src.")), key=lambda cls: cls.__qualname__)

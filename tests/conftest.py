@@ -1,0 +1,94 @@
+"""Fixtures shared by the tests: small models, and the command run in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["WANDB_MODE"] = "offline"  # whatever a test does, nothing leaves this machine
+
+ROOT = Path(__file__).parent.parent
+
+
+def choices(group: str) -> list[str]:
+    """Names of a config group: one YAML, one choice."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+    folder: Path  # where the command was run
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+    def runs(self) -> list[Path]:
+        return sorted(self.folder.glob("outputs/*/*"))
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """``python -m src.train ARGS`` in this process, in a folder of its own; fast, since imports are paid once."""
+    from src import train
+
+    def run(*args: str) -> Outcome:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["src/train.py", *args])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        code = 0
+        try:
+            train.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        out, err = capfd.readouterr()
+        return Outcome(code, out, err, tmp_path)
+
+    return run
+
+
+class Linear(torch.nn.Module):
+    """A linear classifier of images, for closed forms."""
+
+    def __init__(self, channels: int = 1, side: int = 4, classes: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(channels * side * side, classes)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(1))
+
+
+@pytest.fixture
+def linear() -> Linear:
+    return Linear()
+
+
+@pytest.fixture
+def small_network() -> torch.nn.Module:
+    """An untrained convolutional network with batch norm and dropout, left in training mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.5),
+            torch.nn.AdaptiveAvgPool2d(2),
+            torch.nn.Flatten(),
+            torch.nn.Linear(32, 5),
+        )

@@ -1,0 +1,233 @@
+"""Every attack of conf/attack, found by itself: invariants, closed forms, wrong input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from src.attacks.base import Attack
+from src.attacks.fgsm import FGSM
+from src.attacks.pgd import PGD
+from src.config import build
+from src.errors import UserError
+from src.threat import Norm, ThreatModel
+from tests.conftest import ROOT, Linear, choices
+
+ATTACKS = choices("attack")
+
+
+def make(name: str) -> Attack:
+    node = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "attack" / f"{name}.yaml"))
+    return build(node, "attack")
+
+
+CASES = [(name, norm) for name in ATTACKS for norm in sorted(make(name).norms)]
+EPS = {Norm.LINF: 0.05, Norm.L2: 0.5, Norm.L1: 4.0, Norm.L0: 3.0}
+
+
+def batch(count: int = 12, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(count, 3, 8, 8, generator=generator)
+    return images, torch.randint(classes, (count,), generator=generator)
+
+
+def labels_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The model's own answers in eval mode, so that every image is attacked."""
+    training = model.training
+    model.eval()
+    answer = model(images).argmax(dim=1)
+    model.train(training)
+    return answer
+
+
+def test_both_attacks_of_the_spine_are_found() -> None:
+    assert {"fgsm", "pgd"} <= set(ATTACKS)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+@pytest.mark.parametrize("targeted", [False, True])
+def test_invariants(name: str, norm: Norm, targeted: bool, small_network: nn.Module) -> None:
+    """Shape, box, budget; the caller's random state, modes and flags stay; misclassified images stay."""
+    images, _ = batch()
+    labels = labels_of(small_network, images)
+    labels[::3] = (labels[::3] + 1) % 5  # wrong from the start
+    kept = images.clone()
+    small_network.train()
+    small_network[1].eval()
+    small_network[0].weight.requires_grad_(False)
+    statistics = small_network[1].running_mean.clone()
+    before = torch.get_rng_state()
+    threat = ThreatModel(norm=norm, eps=EPS[norm], targeted=targeted)
+    attacked = make(name)(small_network, images, labels, threat, generator=torch.Generator().manual_seed(3))
+
+    assert attacked.images.shape == images.shape
+    assert attacked.images.dtype == torch.float32
+    assert not attacked.images.requires_grad
+    assert float(attacked.images.min()) >= 0
+    assert float(attacked.images.max()) <= 1
+    assert float(attacked.distance.max()) <= EPS[norm] + 1e-5
+    assert torch.equal(images, kept)
+    assert torch.equal(attacked.images[::3], images[::3])
+    assert attacked.attempted.tolist() == [i % 3 != 0 for i in range(len(images))]
+    assert not attacked.success[~attacked.attempted].any()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert small_network.training
+    assert not small_network[1].training
+    assert small_network[3].training
+    assert torch.equal(small_network[1].running_mean, statistics)
+    assert not small_network[0].weight.requires_grad
+    assert small_network[6].weight.requires_grad
+    assert all(parameter.grad is None for parameter in small_network.parameters())
+    assert attacked.forward_passes >= len(images)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_verdict_is_what_the_model_says_of_the_images(name: str, norm: Norm, small_network: nn.Module) -> None:
+    images, _ = batch(24)
+    labels = labels_of(small_network, images)
+    attacked = make(name)(small_network, images, labels, ThreatModel(norm=norm, eps=EPS[norm] * 10))
+    again = labels_of(small_network, attacked.images)
+    assert torch.equal(attacked.prediction, again)
+    assert torch.equal(attacked.success, again != labels)
+    assert attacked.success.any()
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_same_generator_same_images(name: str, norm: Norm, small_network: nn.Module) -> None:
+    images, _ = batch()
+    labels = labels_of(small_network, images)
+    threat = ThreatModel(norm=norm, eps=EPS[norm])
+    one, two = (
+        make(name)(small_network, images, labels, threat, generator=torch.Generator().manual_seed(7)) for _ in "ab"
+    )
+    assert torch.equal(one.images, two.images)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_eps_zero_is_the_clean_image(name: str, norm: Norm, small_network: nn.Module) -> None:
+    images, _ = batch()
+    attacked = make(name)(small_network, images, labels_of(small_network, images), ThreatModel(norm=norm, eps=0))
+    assert torch.equal(attacked.images, images)
+    assert not attacked.success.any()
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_eps_infinite_stays_in_the_box_and_turns_nearly_all(name: str, norm: Norm, small_network: nn.Module) -> None:
+    images, _ = batch(24)
+    labels = labels_of(small_network, images)
+    attacked = make(name)(small_network, images, labels, ThreatModel(norm=norm, eps=math.inf))
+    assert float(attacked.images.min()) >= 0
+    assert float(attacked.images.max()) <= 1
+    assert attacked.success.float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+@pytest.mark.parametrize("count", [0, 1])
+def test_small_batches(name: str, norm: Norm, count: int, small_network: nn.Module) -> None:
+    images, _ = batch()
+    labels = labels_of(small_network, images)
+    attacked = make(name)(small_network, images[:count], labels[:count], ThreatModel(norm=norm, eps=EPS[norm]))
+    assert attacked.images.shape == images[:count].shape
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_works_under_inference_mode_and_autocast(name: str, norm: Norm, small_network: nn.Module) -> None:
+    images, _ = batch(24)
+    labels = labels_of(small_network, images)
+    threat = ThreatModel(norm=norm, eps=EPS[norm] * 4)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        attacked = make(name)(small_network, images.clone(), labels, threat)
+    assert attacked.images.dtype == torch.float32
+    # the verdict is float32's, although the search ran in bf16
+    assert torch.equal(attacked.prediction, labels_of(small_network, attacked.images))
+
+
+@pytest.mark.parametrize("attack", [FGSM(), PGD(relative_step=20), PGD(steps=20, random_start=False, restarts=2)])
+@pytest.mark.parametrize(("norm", "dual"), [(Norm.LINF, 1), (Norm.L2, 2)])
+def test_linear_loss_is_driven_to_its_exact_optimum(attack: Attack, norm: Norm, dual: int) -> None:
+    """On two classes the margin is linear: the best change in the ball lowers it by eps times the dual norm."""
+    model = Linear(side=4)
+    weight = (model.layer.weight[0] - model.layer.weight[1]).detach()
+    images = torch.full((1, 1, 4, 4), 0.5)
+    labels = labels_of(model, images)
+    eps = 0.02
+    # exhaust: PGD would otherwise stop as soon as the label turns
+    attacked = attack(model, images, labels, ThreatModel(norm=norm, eps=eps, exhaust=True))
+
+    @torch.no_grad()
+    def margin(x: torch.Tensor) -> float:
+        logits = model(x)[0]
+        return float(logits[labels[0]] - logits[1 - labels[0]])
+
+    drop = margin(images) - margin(attacked.images)
+    assert drop == pytest.approx(eps * float(torch.linalg.vector_norm(weight, ord=dual)), rel=1e-3)
+
+
+def test_targeted_fgsm_moves_toward_the_target() -> None:
+    model = Linear(classes=4, seed=2)
+    images = torch.full((1, 1, 4, 4), 0.5)
+    labels = labels_of(model, images)
+    target = (labels + 1) % 4
+    attacked = FGSM()(model, images, labels, ThreatModel(norm="linf", eps=0.05, targeted=True), target=target)
+    before, after = (model(x).log_softmax(dim=1)[0, target[0]] for x in (images, attacked.images))
+    assert after > before
+
+
+def test_pgd_stops_working_on_images_that_are_turned(small_network: nn.Module) -> None:
+    images, _ = batch(24)
+    labels = labels_of(small_network, images)
+    threat = ThreatModel(norm=Norm.LINF, eps=1.0)
+    short = PGD(steps=40, step=0.05)(small_network, images, labels, threat)
+    full = PGD(steps=40, step=0.05)(small_network, images, labels, ThreatModel(norm=Norm.LINF, eps=1.0, exhaust=True))
+    assert short.backward_passes < full.backward_passes == 24 * 40
+    assert int(full.success.sum()) >= int(short.success.sum())
+
+
+def test_restarts_never_lose_an_image(small_network: nn.Module) -> None:
+    images, _ = batch(48)
+    labels = labels_of(small_network, images)
+    threat = ThreatModel(norm=Norm.LINF, eps=0.03)
+    one, many = (PGD(steps=5, restarts=k)(small_network, images, labels, threat) for k in (1, 5))
+    assert bool((many.success | ~one.success).all())
+
+
+class Softmax(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :2] * math.nan
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (torch.rand(2, 1, 4, 4) + 1, torch.zeros(2, dtype=torch.int64), "expected [0, 1]"),
+        (torch.rand(2, 1, 4, 4).double(), torch.zeros(2, dtype=torch.int64), "float32"),
+        ((torch.rand(2, 1, 4, 4) * 255).to(torch.uint8), torch.zeros(2, dtype=torch.int64), "float32"),
+        (torch.rand(2, 4, 4), torch.zeros(2, dtype=torch.int64), "(B, C, H, W)"),
+        (torch.rand(2, 1, 4, 4), torch.zeros(3, dtype=torch.int64), "labels are"),
+        (torch.rand(2, 1, 4, 4), torch.tensor([0, 9]), "the model has 2 classes"),
+        (torch.rand(2, 1, 4, 4), torch.tensor([0, -1]), "labels go down to -1"),
+        (torch.full((2, 1, 4, 4), math.nan), torch.zeros(2, dtype=torch.int64), "expected [0, 1]"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(images: torch.Tensor, labels: torch.Tensor, words: str, linear: Linear) -> None:
+    with pytest.raises(UserError) as caught:
+        FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_norm_the_attack_cannot_do(linear: Linear) -> None:
+    with pytest.raises(UserError, match=r"threat\.norm=l0: FGSM cannot do it. Allowed: l2, linf"):
+        FGSM()(linear, torch.rand(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64), ThreatModel(norm="l0", eps=1))
+
+
+def test_model_with_nan_and_target_equal_to_label(linear: Linear) -> None:
+    images, labels = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(UserError, match="NaN"):
+        FGSM()(Softmax(), images, labels, ThreatModel(norm="linf", eps=0.1))
+    with pytest.raises(UserError, match="target equals the label"):
+        FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1, targeted=True), target=labels)

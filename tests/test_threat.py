@@ -1,0 +1,81 @@
+"""Norms, radii, projection, and the judge."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from src.errors import UserError
+from src.threat import Access, BudgetError, Norm, ThreatModel, parse_eps, parse_eps_list
+
+
+@pytest.mark.parametrize("text", ["linf", "l-inf", "Linf", "inf", "L_inf"])
+def test_norm_spellings(text: str) -> None:
+    assert Norm.parse(text) is Norm.LINF
+
+
+def test_unknown_norm_names_what_is_allowed() -> None:
+    with pytest.raises(UserError, match=r"threat\.norm=l7.*l0, l1, l2, linf"):
+        Norm.parse("l7")
+
+
+@pytest.mark.parametrize(
+    ("value", "eps"),
+    [(0.3, 0.3), ("8/255", 8 / 255), ("inf", math.inf), ("0.1", 0.1), (0, 0.0), (math.inf, math.inf)],
+)
+def test_eps_spellings(value: object, eps: float) -> None:
+    assert parse_eps(value) == eps
+
+
+@pytest.mark.parametrize("value", [-0.1, "many", "1/0", "1/2/3", None, True, math.nan, "nan", [0.1]])
+def test_bad_eps_is_one_line(value: object) -> None:
+    with pytest.raises(UserError, match=r"threat\.eps=") as caught:
+        parse_eps(value)
+    assert "\n" not in str(caught.value)
+
+
+def test_eps_lists_are_ascending_without_repeats() -> None:
+    assert parse_eps_list(["8/255", 0.1, 8 / 255]) == (8 / 255, 0.1)
+    assert parse_eps_list("0.3") == (0.3,)
+    with pytest.raises(UserError):
+        parse_eps_list([])
+
+
+def test_access_keeps_order_and_refuses_unknown() -> None:
+    assert Access.parse(["white_box", "gray_box", "white_box"]) == (Access.WHITE_BOX, Access.GRAY_BOX)
+    assert Access.parse("gray_box") == (Access.GRAY_BOX,)
+    with pytest.raises(UserError, match="gray_box, white_box"):
+        Access.parse("grey_box")
+
+
+@pytest.mark.parametrize("norm", [Norm.L2, Norm.LINF])
+@pytest.mark.parametrize("eps", [0.0, 0.1, 0.7, math.inf])
+def test_projection_keeps_budget_and_box_and_is_idempotent(norm: Norm, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(16, 3, 5, 5, generator=generator)
+    threat = ThreatModel(norm=norm, eps=eps)
+    images = threat.project(clean, clean + torch.randn(clean.shape, generator=generator))
+    assert bool((threat.judge(clean, images) <= eps + 1e-5).all())
+    torch.testing.assert_close(threat.project(clean, images), images, atol=1e-6, rtol=0)
+
+
+def test_distances_by_hand() -> None:
+    clean = torch.zeros(1, 2, 2, 2)
+    images = clean.clone()
+    images[0, 0, 0, 0], images[0, 1, 0, 0], images[0, 0, 1, 1] = 0.3, 0.4, 0.5
+    expected = {Norm.L0: 2.0, Norm.L1: 1.2, Norm.L2: math.sqrt(0.5), Norm.LINF: 0.5}
+    for norm, distance in expected.items():
+        assert ThreatModel(norm=norm, eps=9).distance(clean, images).item() == pytest.approx(distance)
+
+
+def test_judge_refuses_what_breaks_the_rules() -> None:
+    threat = ThreatModel(norm=Norm.LINF, eps=0.1)
+    clean = torch.full((2, 1, 2, 2), 0.5)
+    assert threat.judge(clean, clean + 0.1).tolist() == pytest.approx([0.1, 0.1])
+    for bad in (clean + 0.11, clean.double(), clean[:1], torch.full_like(clean, math.nan)):
+        with pytest.raises(BudgetError):
+            threat.judge(clean, bad)
+    with pytest.raises(BudgetError, match="box"):
+        ThreatModel(norm=Norm.LINF, eps=math.inf).judge(clean, clean + 0.6)
