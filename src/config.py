@@ -111,7 +111,7 @@ def parse(cfg: DictConfig) -> Job:
         raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
     assert isinstance(plain, dict)
     job = validate(Job, typing.cast(dict[str, Any], plain), "")
-    _ = job.norm, job.access, job.eps((0.0,))
+    _ = job.access, job.eps((0.0,))
     for group in ("dataset", "attack", "trainer", "logger"):
         check(getattr(job, group), group)
     for group in ("classifier", "defense"):
@@ -119,6 +119,10 @@ def parse(cfg: DictConfig) -> Job:
         check(node, group)
         if trained.trained_on:
             check(trained.trained_on.attack, f"{group}.trained_on.attack")
+    attack = locate(job.attack, "attack")
+    if job.norm not in attack.norms:
+        allowed = ", ".join(sorted(attack.norms))
+        raise UserError(f"threat.norm={job.norm}: {attack.__name__} cannot do it. Allowed: {allowed}")
     for name, callback in job.callbacks.items():
         check(callback, f"callbacks.{name}")
     return job
@@ -135,7 +139,7 @@ def build(node: Mapping[str, Any], key: str, **given: Any) -> Any:
     """Make the object that ``node`` describes; ``given`` adds what the pipeline knows, where the class asks for it."""
     target = locate(node, key)
     arguments = _arguments(target, node, key)
-    accepted = inspect.signature(target).parameters
+    accepted = _parameters(target)
     arguments.update({name: value for name, value in given.items() if name in accepted})
     return target(**arguments)
 
@@ -153,11 +157,11 @@ def locate(node: Mapping[str, Any], key: str) -> Any:
 def _arguments(target: Any, node: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Keyword arguments out of a node: known names only, values as the annotations want them."""
     values = {name: value for name, value in node.items() if name != "_target_"}
-    parameters = inspect.signature(target).parameters
+    parameters = _parameters(target)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    allowed = [n for n, p in parameters.items() if n not in FROM_PIPELINE and p.kind is not p.VAR_KEYWORD]
+    allowed = [n for n, p in parameters.items() if not _given(p) and p.kind is not p.VAR_KEYWORD]
     for name in values:
-        if name in FROM_PIPELINE or (name not in parameters and not open_ended):
+        if name not in allowed and not open_ended:
             raise UserError(unknown_key(f"{key}.{name}", name, allowed))
     if not str(node["_target_"]).startswith("src."):
         return {name: _nested(value, f"{key}.{name}") for name, value in values.items()}
@@ -173,6 +177,21 @@ def _arguments(target: Any, node: Mapping[str, Any], key: str) -> dict[str, Any]
     model = create_model("Arguments", __config__=config, **fields)
     checked = validate(model, values, key)
     return {name: getattr(checked, name) for name in values}
+
+
+def _parameters(target: Any) -> dict[str, inspect.Parameter]:
+    """The arguments a choice takes. Our own classes take those that we wrote down, not Lightning's ``*args``."""
+    if inspect.isclass(target) and target.__module__.startswith("src."):
+        owner = next((cls for cls in target.__mro__ if "__init__" in vars(cls)), object)
+        if not owner.__module__.startswith("src."):
+            return {}
+    parameters = inspect.signature(target).parameters
+    return {name: p for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL}
+
+
+def _given(parameter: inspect.Parameter) -> bool:
+    """Whether the pipeline fills it in: a fact of the data, asked for without a default."""
+    return parameter.name in FROM_PIPELINE and parameter.default is inspect.Parameter.empty
 
 
 def _nested(value: Any, key: str) -> Any:
@@ -193,12 +212,17 @@ def validate(model: type[Model], values: Mapping[str, Any], key: str) -> Model:
         if first["type"] == "extra_forbidden":
             known = list(model.model_fields)
             for part in first["loc"][:-1]:
-                inner = model.model_fields[str(part)].annotation
-                known = list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
+                annotation = model.model_fields[str(part)].annotation
+                models = [a for a in (annotation, *typing.get_args(annotation)) if _is_model(a)]
+                known = list(models[0].model_fields) if models else []
             raise UserError(unknown_key(where, str(first["loc"][-1]), known)) from None
         if first["type"] == "missing":
             raise UserError(f"{where}: missing; it has to be given") from None
         raise UserError(f"{where}={first['input']}: {first['msg']}") from None
+
+
+def _is_model(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
 
 
 def unknown_key(where: str, name: str, allowed: typing.Iterable[str]) -> str:

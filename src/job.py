@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> None:
         job = config.parse(cfg)
         _measure(job, names, out, done, in_sweep)
     except KeyboardInterrupt:
-        raise UserError("interrupted; run the same command again to go on from here") from None
+        raise
     except Exception as error:
         reason = explain(error)
         for record in _failed(cfg, names, reason, done):

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
-    """One cell = dataset, classifier, defense, attack, norm, eps, access, seed. Accuracies are shares of ``n`` images."""
+    """One cell: dataset, classifier, defense, attack, norm, eps, access, seed. Accuracies are shares of ``n``."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 

@@ -163,6 +163,7 @@ IDENTITY: tuple[Column, ...] = (
     ("seed", lambda row: str(row.first.seed)),
     ("variant", lambda row: row.first.variant),
 )
+_LEFT = {name for name, _ in IDENTITY} | {"notes"}
 
 
 def _measures(rows: Sequence[Row], separator: str = " ") -> list[Column]:
@@ -241,12 +242,12 @@ def print_table(records: Iterable[Record], console: Console | None = None) -> No
         notes = list(dict.fromkeys(filter(None, cells.get("notes", []))))
         cells |= {"notes": [str(notes.index(n) + 1) if n else "" for n in cells["notes"]]} if notes else {}
         table = _rich_table(rows, cells)
-    console.print(
-        Text(", ".join(f"{name} {value}" for name, value in same.items() if value), style="bold"),
-        soft_wrap=True,
-    )
+        # Names may fold down to 8 characters, numbers not at all: below that the terminal has to wrap the lines.
+        needed = sum(2 + min(8 if name in _LEFT else 1_000, _widest(name, v)) for name, v in cells.items())
+    title = ", ".join(f"{name} {value}" for name, value in same.items() if value)
+    console.print(Text(title, style="bold"), soft_wrap=True)
     try:
-        console.width = width if console.is_terminal else max(needed, width)
+        console.width = max(needed, width)
         console.print(table)
     finally:
         console.width = width
@@ -270,16 +271,23 @@ def _shared(cells: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, list
     return same, {n: v for n, v in cells.items() if n not in same and (n != "notes" or any(v))}
 
 
+def _header(name: str) -> str:
+    return name.replace("clean defended", "clean def.").replace(" ", "\n")
+
+
+def _widest(name: str, values: Iterable[str]) -> int:
+    return max(len(line) for text in (_header(name), *values) for line in text.split("\n"))
+
+
 def _rich_table(rows: Sequence[Row], cells: dict[str, list[str]]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    left = {name for name, _ in IDENTITY} | {"notes"}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in cells:
-        header = name.replace("clean defended", "clean def.").replace(" ", "\n")
-        table.add_column(Text(header), justify="left" if name in left else "right", overflow="fold")
+        left = name in _LEFT
+        table.add_column(Text(_header(name)), justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for i, row in enumerate(rows):
         style = "red" if any(r.status == "failed" for r in row.cells.values()) else ""
         table.add_row(*(Text(values[i], style=style) for values in cells.values()))

@@ -6,12 +6,13 @@ Starts fast: torch, Lightning and the rest are imported when a job runs, not for
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
@@ -23,7 +24,13 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 def entry(cfg: DictConfig) -> None:
     from src import job
 
-    job.run(cfg)
+    # Leaving from here spares the user Hydra's "Error executing job with overrides".
+    try:
+        job.run(cfg)
+    except UserError as error:
+        _leave(str(error), 1)
+    except KeyboardInterrupt:
+        _leave("interrupted; run the same command again to go on from here", 130)
 
 
 def main() -> None:
@@ -42,6 +49,8 @@ def main() -> None:
 
 def _one_line(error: Exception) -> str:
     """Hydra's several lines, "Available options" and all, folded into one."""
+    if (found := re.search(r"Could not override '([\w.@/]+)'", str(error))) and (line := _misspelled(found[1])):
+        return line
     cause = error.__cause__
     text = (
         str(error)
@@ -54,6 +63,22 @@ def _one_line(error: Exception) -> str:
         glue = ": " if line.startswith("Available options") else " "
         folded += (glue if folded else "") + line
     return folded
+
+
+def _misspelled(key: str) -> str | None:
+    """Hydra knows that a key is wrong, but not which are right: look them up in the config without that override."""
+    from hydra import compose, initialize_config_dir
+
+    from src.config import unknown_key
+
+    parent, _, name = key.rpartition(".")
+    others = [a.lstrip() for a in sys.argv[1:] if "=" in a and not a.startswith(("-", key, f"+{key}", "hydra"))]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            node = OmegaConf.select(compose("train", overrides=others), parent) if parent else compose("train")
+            return unknown_key(key, name, [str(allowed) for allowed in node])
+    except (HydraException, OmegaConfBaseException, TypeError):
+        return None
 
 
 def _leave(line: str, code: int) -> None:

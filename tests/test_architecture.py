@@ -1,0 +1,80 @@
+"""The house: imports go one way, one YAML one module, and an attack or a defense is two files."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.conftest import ROOT, choices
+
+# What a package of src may import from src. Anything absent here (pipeline, job, train …) knows everyone.
+MAY_IMPORT = {
+    "threat": {"errors"},
+    "errors": set(),
+    "keys": set(),
+    "recipe": set(),
+    "records": {"errors"},
+    "tables": {"records"},
+    "report": {"records", "tables", "analysis", "errors"},
+    "analysis": {"records", "tables", "errors", "analysis"},
+    "data": {"threat", "errors", "records", "data"},
+    "classifiers": {"threat", "errors", "recipe", "classifiers"},
+    "attacks": {"threat", "errors", "attacks"},
+    "defenses": {"threat", "errors", "recipe", "defenses"},
+    "callbacks": {"attacks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "src":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("src.")}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        package = path.relative_to(ROOT / "src").parts[0].removesuffix(".py")
+        if package in MAY_IMPORT:
+            wrong += [f"{path.name}: {name}" for name in imports_of(path) - MAY_IMPORT[package]]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("group", ["attack", "defense", "dataset", "classifier"])
+def test_one_yaml_one_module_of_the_same_name(group: str) -> None:
+    for name in choices(group):
+        node = OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")
+        if "_target_" in node:  # a variant of another choice has none of its own
+            assert str(node["_target_"]).split(".")[-2] == name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_yaml_opens_with_its_purpose_and_a_command(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line][:2]
+    assert head
+    assert "python -m src." in " ".join(head)
+
+
+def test_the_command_starts_without_heavy_imports() -> None:
+    code = "import sys, src.train; print(*sorted({'torch', 'pytorch_lightning', 'wandb', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_no_machine_paths_and_no_registry_hosts_in_tracked_files() -> None:
+    pattern = r"--(extra-)?index-url|://[^ ]*/simple"
+    found = subprocess.run(
+        ["git", "grep", "-nIE", pattern, "--", "requirements.txt", "environment.yml", "pyproject.toml", "Makefile"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.stdout == ""

@@ -1,0 +1,345 @@
+"""From records to tables and figures, the command line, and the end of a sweep. No model is loaded anywhere here."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from src import records as store
+from src import report, tables
+from src.analysis import curves, pictures
+from src.callbacks import results_table
+from src.errors import UserError
+from src.records import Record
+
+FIRST = [  # the columns others may rely on, in this order
+    "dataset", "classifier", "defense", "attack", "norm", "eps", "access", "seed", "n", "clean_accuracy",
+    "clean_accuracy_defended", "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high", "attack_success_rate",
+    "distance_median", "attack_ms_per_image", "defense_ms_per_image", "flags", "status", "reason", "key",
+]  # fmt: skip
+
+
+def cell(eps: float | None = 0.1, access: str = "gray_box", right: int = 60, n: int = 100, **changes: Any) -> Record:
+    low, high = store.wilson(right, n)
+    values: dict[str, Any] = {
+        "dataset": "digits", "classifier": "lenet", "defense": "vae", "attack": "pgd", "norm": "linf", "eps": eps,
+        "access": access, "seed": 0, "n": n, "correct_bare": 97, "correct_defended": 95, "correct_attacked": right,
+        "correct_attacked_bare": 20 if access == "gray_box" else None, "clean_accuracy": 0.97,
+        "clean_accuracy_defended": 0.95, "robust_accuracy": right / max(n, 1), "robust_accuracy_low": low,
+        "robust_accuracy_high": high, "created": "2026-01-31T00:00:00+00:00",
+    } | changes  # fmt: skip
+    names = ("dataset", "defense", "attack", "eps", "access", "seed", "variant")
+    return Record(**{"key": "-".join(str(values.get(name, "")) for name in names)} | values)
+
+
+def failed(**changes: Any) -> Record:
+    empty = dict.fromkeys(("robust_accuracy", "correct_attacked", "clean_accuracy", "clean_accuracy_defended"))
+    return cell(**{"status": "failed", "reason": "it broke", "n": 0} | empty | changes)
+
+
+def pair(eps: float = 0.1, **changes: Any) -> list[Record]:
+    return [cell(eps, "gray_box", 60, **changes), cell(eps, "white_box", 35, **changes)]
+
+
+def sidecar(record: Record, folder: Path, *, purifies: bool = True, channels: int = 1) -> None:
+    rng = np.random.default_rng(0)
+    clean = rng.random((4, channels, 8, 8), dtype=np.float32)
+    adversarial = (clean + 0.1 * rng.choice([-1, 1], clean.shape)).clip(0, 1).astype("float32")
+    labels = np.arange(4)
+    store.save_sidecar(
+        folder / f"{record.key}.npz",
+        {
+            "clean": clean, "adversarial": adversarial, "purified": clean if purifies else adversarial,
+            "picture_label": labels, "picture_clean_prediction": labels, "picture_prediction": labels,
+            "picture_bare_prediction": labels + 1, "class_names": np.array(list("abcde")),
+        },
+    )  # fmt: skip
+
+
+def printed(records: list[Record], width: int = 80, terminal: bool = False) -> str:
+    text = io.StringIO()
+    tables.print_table(records, Console(file=text, width=width, force_terminal=terminal, color_system=None))
+    return text.getvalue()
+
+
+def is_drawn(path: Path) -> bool:
+    from matplotlib.image import imread
+
+    image = imread(path)
+    return min(image.shape[:2]) > 300 and float(image[..., :3].std()) > 0.02
+
+
+# --- results.csv ------------------------------------------------------------------------------------------------
+
+
+def test_csv_columns_and_types(tmp_path: Path) -> None:
+    records = [*pair(), cell(math.inf, flags=["x", "y"]), failed(eps=None, access="")]
+    frame = pd.read_csv(tables.write_csv(records, tmp_path / "results.csv"))
+    assert list(frame.columns[: len(FIRST)]) == FIRST
+    assert len(frame) == 4
+    assert frame["eps"].dtype == "float64"
+    assert frame["eps"].isin([math.inf]).any()
+    assert frame["n"].dtype == frame["seed"].dtype == "int64"
+    assert set(frame["status"]) == {"done", "failed"}
+    assert "x;y" in set(frame["flags"])
+    assert frame["robust_accuracy"].dropna().between(0, 1).all()
+
+
+@pytest.mark.parametrize("records", [[], [failed(eps=None)]])
+def test_types_do_not_depend_on_what_succeeded(records: list[Record]) -> None:
+    assert dict(tables.to_frame(records).dtypes) == dict(tables.to_frame(pair()).dtypes)
+
+
+# --- side by side -----------------------------------------------------------------------------------------------
+
+
+def test_accesses_of_one_eps_share_a_row() -> None:
+    rows = tables.side_by_side([*pair(0.2), *pair(0.1)])
+    assert [(row.first.eps, sorted(row.cells)) for row in rows] == [
+        (0.1, ["gray_box", "white_box"]),
+        (0.2, ["gray_box", "white_box"]),
+    ]
+    assert rows[0].gap == pytest.approx(0.25)
+    assert rows[0].bare is not None
+    assert rows[0].bare[0] == pytest.approx(0.2)
+
+
+def test_one_access_alone_has_no_gap() -> None:
+    (row,) = tables.side_by_side([cell()])
+    assert row.gap is None
+
+
+def test_no_cell_hides_another() -> None:
+    twice = [cell(key="a"), cell(key="b"), cell(0.1, "white_box")]
+    assert sum(len(row.cells) for row in tables.side_by_side(twice)) == 3
+    weights = [r.model_copy(update={"stages": {"defense": w}, "key": w + r.access}) for w in "vw" for r in pair()]
+    assert [sorted(row.cells) for row in tables.side_by_side(weights)] == [["gray_box", "white_box"]] * 2
+
+
+def test_failed_cells_are_rows_that_say_why(tmp_path: Path) -> None:
+    records = [cell(), failed(access="white_box"), failed(eps=None, access="", reason="no | such\nthing")]
+    for text in (printed(records), tables.write_markdown(records, tmp_path / "r.md").read_text()):
+        assert "failed (white_box): it broke" in text
+        assert "failed (job): no" in text
+        assert "60.0 [50.2, 69.1]" in text
+
+
+def test_markdown_says_how_to_read_it(tmp_path: Path) -> None:
+    text = tables.write_markdown([*pair(8 / 255), *pair(math.inf)], tmp_path / "r.md").read_text()
+    for fact in ("8/255", "inf", "25.0", "100 test images", "95 %", "pgd (untargeted, linf)", "2026-01-31"):
+        assert fact in text
+
+
+@pytest.mark.parametrize(("width", "terminal"), [(40, False), (40, True), (100, True), (120, True), (200, True)])
+def test_no_cell_of_the_printed_table_is_cut(width: int, terminal: bool) -> None:
+    datasets, defenses = ("digits", "fashion_mnist"), ("none", "autoencoder", "feature_squeezing")
+    records = [r for d in datasets for f in defenses for e in (0.1, 8 / 255) for r in pair(e, dataset=d, defense=f)]
+    text = printed([*records, failed(reason="why " * 40)], width, terminal)
+    assert "…" not in text
+    assert text.count("[50.2, 69.1]") == 12
+    assert all(len(line) <= width for line in text.splitlines() if "60.0" in line) or width < 100 or not terminal
+    if width >= 120 or not terminal:  # names fold in a narrower terminal, numbers never do
+        assert text.count("feature_squeezing") == 4
+
+
+def test_hundreds_of_rows_print() -> None:
+    records = [r for seed in range(200) for r in pair(seed=seed)]
+    assert printed(records).count("60.0 [50.2, 69.1]") == 200
+    assert "nothing was measured" in printed([])
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [
+        (8 / 255, "8/255"), (0.3, "0.3"), (0.2, "0.2"), (0, "0"), (12, "12"), (math.inf, "inf"), (None, "-"),
+        (0.0123456, "0.01235"),
+    ],
+)  # fmt: skip
+def test_eps_is_written_as_people_do(eps: float | None, text: str) -> None:
+    assert tables.format_eps(eps) == text
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [*pair(0.1), *pair(8 / 255), *pair(math.inf), failed(eps=0.3)],
+        [r for d in ("none", "vae", "autoencoder") for a in ("fgsm", "pgd") for r in pair(defense=d, attack=a)],
+        [cell(math.inf, norm="l2")],
+    ],
+    ids=["one", "many", "only-inf"],
+)
+def test_curve_is_drawn(tmp_path: Path, records: list[Record]) -> None:
+    assert is_drawn(curves.robustness_curve(records, tmp_path / "c.png"))
+
+
+def test_the_same_records_draw_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (curves.robustness_curve(pair(), tmp_path / name) for name in ("a.png", "b.png"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_pictures_show_the_largest_finite_eps_under_both_accesses(tmp_path: Path) -> None:
+    records = [*pair(0.1), *pair(0.2), *pair(math.inf), cell(0.5)]  # 0.5 has no white_box
+    for record in records:
+        sidecar(record, tmp_path)
+    shown = pictures.choose(records, pictures.sidecars([tmp_path]))
+    assert [(r.eps, r.access) for r in shown] == [(0.2, "gray_box"), (0.2, "white_box")]
+    path = pictures.picture_grid(records, tmp_path, tmp_path / "p.png")
+    assert path is not None
+    assert is_drawn(path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_a_defense_that_purifies_nothing(tmp_path: Path, channels: int) -> None:
+    sidecar(cell(defense="none"), tmp_path, purifies=False, channels=channels)
+    path = pictures.picture_grid([cell(defense="none")], tmp_path, tmp_path / "p.png")
+    assert path is not None
+    assert is_drawn(path)
+
+
+def test_no_pictures_without_sound_sidecars(tmp_path: Path) -> None:
+    assert pictures.picture_grid(pair(), tmp_path, tmp_path / "p.png") is None
+    (tmp_path / f"{cell().key}.npz").write_bytes(b"damaged")
+    assert pictures.picture_grid(pair(), tmp_path, tmp_path / "p.png") is None
+    assert not (tmp_path / "p.png").exists()
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for record in pair():
+        store.save(record, tmp_path / "run" / "records")
+        sidecar(record, tmp_path / "run" / "records")
+    assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    names = {"results.csv", "results.md", "robustness_curve.png", "pictures.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    out = capsys.readouterr().out
+    assert "60.0 [50.2, 69.1]" in out
+    assert all(name in out for name in names), "the paths are printed"
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "broken"])
+def test_report_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    folder = tmp_path / what
+    if what != "missing":
+        (folder / "records").mkdir(parents=True)
+    if what == "broken":
+        (folder / "records" / "x.json").write_text("{")
+    assert report.main([str(folder)]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert what in said.err
+
+
+def test_many_settings_have_a_picture_each_up_to_a_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [cell(defense=f"d{i}") for i in range(3)]
+    for record in records:
+        sidecar(record, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "MAX_GRIDS", 2)
+        paths = report.write_report(records, tmp_path, tmp_path / "out")
+    assert [p.name for p in paths if p.name.startswith("pictures")] == [
+        "pictures_digits-lenet-d0-pgd-linf.png",
+        "pictures_digits-lenet-d1-pgd-linf.png",
+    ]
+    assert "left out 1" in caplog.text, "skips are loud"
+
+
+# --- the end of a sweep -----------------------------------------------------------------------------------------
+
+APP = """
+import os, sys
+from pathlib import Path
+import hydra
+from hydra.core.hydra_config import HydraConfig
+sys.path.insert(0, {tests!r})
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="c")
+def main(cfg):
+    if cfg.x == 1:
+        raise ValueError("x is 1")
+    from test_report import pair
+    from src import records
+    for record in pair(seed=cfg.x):
+        records.save(record, Path(HydraConfig.get().runtime.output_dir) / "records")
+
+main()
+"""
+CONF = """
+x: 0
+seed: ${x}
+threat: {norm: linf, eps: 8/255}
+logger: {_target_: src.tracking.CSVTracker, dir: "${hydra:runtime.output_dir}"}
+hydra:
+  callbacks: {table: {_target_: src.callbacks.results_table.ResultsTable}}
+  sweep: {dir: sweep, subdir: "${hydra.job.num}"}
+"""
+
+
+def sweep(folder: Path, values: str) -> subprocess.CompletedProcess[str]:
+    (folder / "conf").mkdir(exist_ok=True)
+    (folder / "conf" / "c.yaml").write_text(CONF)
+    (folder / "app.py").write_text(APP.format(tests=str(Path(__file__).parent)))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "app.py", "-m", f"x={values}"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_sweep_ends_with_one_table_and_says_what_failed(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "1,0,2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    frame = pd.read_csv(tmp_path / "sweep" / "results.csv")
+    assert list(frame["status"]).count("done") == 4, "the jobs after the failed one ran"
+    (row,) = frame[frame["status"] == "failed"].to_dict("records")
+    assert (row["reason"], row["eps"], row["seed"]) == ("ValueError: x is 1", pytest.approx(8 / 255), 1)
+    assert "ValueError: x is 1" in (tmp_path / "sweep" / "0" / "app.log").read_text()
+    assert "sweep/results.csv" in done.stdout
+    assert "failed (job): ValueError: x is 1" in done.stdout
+    for name in ("results.md", "robustness_curve.png"):
+        assert (tmp_path / "sweep" / name).exists()
+
+
+def test_a_job_that_works_at_last_is_no_longer_a_failure(tmp_path: Path) -> None:
+    from hydra.core.utils import JobReturn, JobStatus
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    runtime = {"output_dir": str(tmp_path / "0"), "choices": {"dataset": "digits"}}
+    config = OmegaConf.create({"seed": 1, "hydra": {"mode": RunMode.MULTIRUN, "runtime": runtime}})
+    for error, left in ((UserError("no such norm"), ["no such norm"]), (None, [])):
+        job = JobReturn(status=JobStatus.FAILED if error else JobStatus.COMPLETED)
+        job.return_value = error
+        results_table.ResultsTable().on_job_end(config, job)
+        assert job.status == JobStatus.COMPLETED, "the sweep goes on"
+        assert [record.reason for record in store.find([tmp_path])] == left
+
+
+def test_a_job_that_died_and_a_broken_record_are_noticed(tmp_path: Path) -> None:
+    store.save(cell(), tmp_path / "0" / "records")
+    for job in ("0", "1"):
+        (tmp_path / job / ".hydra").mkdir(parents=True, exist_ok=True)
+        (tmp_path / job / ".hydra" / "config.yaml").write_text("seed: 3\nthreat: {norm: l2, eps: [1, 2]}")
+        (tmp_path / job / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {choices: {dataset: mnist}}}")
+    (tmp_path / "0" / "records" / "broken.json").write_text("{")
+    records, problems = results_table.collect(tmp_path)
+    assert [(r.dataset, r.norm, r.seed, r.eps, r.status) for r in records] == [
+        ("digits", "linf", 0, 0.1, "done"),
+        ("mnist", "l2", 3, None, "failed"),
+    ]
+    assert "left no record" in records[1].reason
+    assert len(problems) == 1
+    assert "broken.json" in problems[0]
