@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +151,26 @@ def fit(
         precision=recipe.precision,
         log_every_n_steps=50,
     )
-    torch.manual_seed(seed)
-    run.fit(module, datamodule=data, ckpt_path=_last(folder), weights_only=True)
-    if run.interrupted:
-        raise KeyboardInterrupt
+    with _interruptible():
+        run.fit(module, datamodule=data, ckpt_path=_last(folder), weights_only=True)
     state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
     module.load_state_dict(state)
     written = folder / "curves" / "metrics.csv"
     if written.exists():
         written.replace(folder / "metrics.csv")
     clear(folder, "*.ckpt", "curves")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C as Python knows it: Lightning exits instead, and leaves SIGINT ignored from then on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _last(folder: Path) -> Path | None:
@@ -198,7 +210,6 @@ def evaluate(
     collect = Collect(path=path, expected=len(data.test), seed=seed, keep=keep or {})
     extra = [callback for callback in callbacks if callback is not None]
     run = trainer(config, callbacks=[*extra, collect], logger=False, enable_checkpointing=False)
-    run.test(module, datamodule=data, verbose=False)
-    if run.interrupted:
-        raise KeyboardInterrupt
+    with _interruptible():
+        run.test(module, datamodule=data, verbose=False)
     return torch.load(path, weights_only=True)

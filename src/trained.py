@@ -46,6 +46,7 @@ class Workshop:
     def classifier(self, name: str) -> tuple[Classifier, str]:
         """The trained classifier of the config, on the CPU and in eval mode, and its key."""
         node, trained = split(self.job.classifier, "classifier")
+        torch.manual_seed(self.job.seed)  # the first weights
         network = build(node, "classifier", **self.shape)
         smoothing = trained.label_smoothing
         module = Classifier(network=network, num_classes=self.data.spec.num_classes, label_smoothing=smoothing)
@@ -60,6 +61,7 @@ class Workshop:
     def defense(self, name: str, classifier: Classifier, classifier_key: str) -> tuple[DefendedModel, str]:
         """The classifier behind the trained defense of the config, and the defense's key."""
         node, trained = split(self.job.defense, "defense")
+        torch.manual_seed(self.job.seed)
         module: Defense = build(node, "defense", **self.shape)
         about: dict[str, Any] = {"node": node}
         if trained.checkpoint is not None:

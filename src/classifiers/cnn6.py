@@ -13,9 +13,11 @@ from src.classifiers.network import Network
 class CNN6(Network):
     """Three blocks of two 3x3 convolutions (padding 1) with ReLU and max pooling, then one linear layer.
 
-    Source: the CIFAR-10 target of system B.
-    Departures: batch norm after each convolution (``batch_norm=False`` for system B's own), and global
-    average pooling before the linear layer, so that any size from 8x8 up works.
+    Source: the CIFAR-10 target of system B, whose widths and place of pooling its authors do not give.
+    Departures: batch norm after each convolution (``batch_norm=False`` for none); a block pools between its two
+    convolutions, which at equal cost affords twice the width and learns faster (the arrangement of Jordan 2024, "94%
+    on CIFAR-10 in 3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498); global max pooling before the
+    linear layer, so that any size from 8x8 up works.
 
     Args:
         batch_norm: normalise after each convolution, which then has no bias.
@@ -39,22 +41,21 @@ class CNN6(Network):
         mean: Sequence[float],
         std: Sequence[float],
         batch_norm: bool = True,
-        widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 64, 192),
+        widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 256),
     ) -> None:
         super().__init__(channels=channels, size=size, num_classes=num_classes, mean=mean, std=std)
         layers: list[nn.Module] = []
         before = channels
         for width in widths:
-            for inputs in (before, width):
-                layers.append(nn.Conv2d(inputs, width, 3, padding=1, bias=not batch_norm))
+            for inputs, pool in ((before, [nn.MaxPool2d(2)]), (width, [])):
+                layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=not batch_norm), *pool]
                 if batch_norm:
                     layers.append(nn.BatchNorm2d(width))
                 layers.append(nn.ReLU())
-            layers.append(nn.MaxPool2d(2))
             before = width
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.body = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.head = nn.Linear(before, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """The mean of the last block's map over positions: ``(B, widths[2])``."""
+        """The largest value of each channel of the last block: ``(B, widths[2])``."""
         return self.body(self.normalise(images))

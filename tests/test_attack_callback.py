@@ -1,0 +1,80 @@
+"""Any LightningModule is attacked without knowing it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from src.attacks.fgsm import FGSM
+from src.attacks.pgd import PGD
+from src.callbacks.attack_callback import AttackCallback
+from src.errors import UserError
+from src.threat import ThreatModel
+from tests.conftest import Linear
+
+
+class Foreign(LightningModule):
+    """Somebody's module: batches are lists, and nothing in it speaks of attacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Linear(side=4)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x):
+        return self.network(x)
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0].detach().clone())
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def test_step(self, batch, batch_idx):
+        self.seen.append(batch[0].detach().clone())
+        self.log("right", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def loader() -> DataLoader:
+    x = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, Linear(side=4)(x).argmax(1)), batch_size=16)
+
+
+def trainer(callback: AttackCallback, **options) -> Trainer:
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback],
+        enable_model_summary=False, inference_mode=False, **options,
+    )  # fmt: skip
+
+
+def test_foreign_module_is_attacked_at_test(loader: DataLoader) -> None:
+    threat = ThreatModel(norm="linf", eps=0.3)
+    module = Foreign()
+    (clean,) = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False).test(
+        module, loader, verbose=False
+    )
+    (attacked,) = trainer(AttackCallback(attack=PGD(steps=5), threat=threat)).test(module, loader, verbose=False)
+    assert clean["right"] == 1.0
+    assert attacked["right"] < 0.9
+    moved = (module.seen[2] - module.seen[0]).abs().amax()
+    assert 0 < moved <= 0.3 + 1e-6
+
+
+def test_foreign_module_learns_from_attacked_batches(loader: DataLoader) -> None:
+    module = Foreign()
+    trainer(AttackCallback(attack=FGSM(), threat=ThreatModel(norm="linf", eps=0.2)), max_epochs=1).fit(module, loader)
+    clean = torch.cat([x for x, _ in loader])
+    moved = [float((seen - part).abs().max()) for seen, part in zip(module.seen, clean.split(16), strict=True)]
+    assert all(0 < size <= 0.2 + 1e-6 for size in moved)
+    assert moved[0] != moved[1]  # each batch has a radius of its own
+    assert module.training
+
+
+def test_a_batch_it_cannot_change_is_refused() -> None:
+    callback = AttackCallback(attack=FGSM(), threat=ThreatModel(norm="linf", eps=0.2))
+    with pytest.raises(UserError, match="batches are tuple"):
+        callback.on_test_batch_start(None, Foreign(), (torch.rand(1, 1, 4, 4), torch.zeros(1)), 0)  # type: ignore[arg-type]

@@ -1,0 +1,177 @@
+"""Every defense of conf/defense, found by itself: shape, range, a true declaration, save and load."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from src.config import build, split
+from src.defenses.base import Defense, Purifier
+from src.defenses.purify.autoencoder import Autoencoder
+from src.defenses.purify.feature_squeezing import FeatureSqueezing
+from src.train import CONF
+from tests.conftest import Linear, choices
+
+DEFENSES = choices("defense")
+
+
+def make(name: str, channels: int = 1, side: int = 8) -> Defense:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[f"defense={name}"])
+    node, _ = split(OmegaConf.to_container(cfg.defense), "defense")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shape = {"channels": channels, "size": (side, side), "num_classes": 2, "mean": (0.5,), "std": (0.5,)}
+        return build(node, "defense", **shape).eval()
+
+
+def images(channels: int = 1, side: int = 8) -> torch.Tensor:
+    return torch.rand(4, channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (1, 28), (3, 32)])
+def test_guard_keeps_shape_and_range(name: str, channels: int, side: int) -> None:
+    defended = make(name, channels, side).guard(Linear(channels, side))
+    x = images(channels, side)
+    seen = defended.purified(x)
+    assert seen.shape == x.shape
+    assert float(seen.min()) >= 0
+    assert float(seen.max()) <= 1
+    assert defended(x).shape == (4, 2)
+    assert defended.test_step({"image": x}, 0)["prediction"].shape == (4,)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_declared_gradient_is_true(name: str) -> None:
+    """``exact``: autograd through the defense agrees with finite differences."""
+    defense = make(name)
+    assert defense.gradient in ("exact", "bpda", "none")
+    defended = defense.guard(Linear(side=8))
+    x = images()[:1]
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+
+    def score(image: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)  # the same draw on both sides of the difference
+        logits = defended.adaptive(draws=1)(image)
+        return (logits[:, 0] - logits[:, 1]).sum()
+
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(score(x), x)
+    if defense.gradient == "none":
+        assert not slope.any()
+        return
+    assert slope.abs().sum() > 0
+    if defense.gradient == "exact":
+        told = pytest.approx(float((slope * direction).sum()), rel=0.05, abs=1e-3)
+        with torch.no_grad():
+            # Long steps cross the kinks of a median, short ones drown in float32: one of them has to agree.
+            found = [
+                float((score(x + step * direction) - score(x - step * direction)) / (2 * step))
+                for step in (1e-2, 1e-3, 1e-4)
+            ]
+        assert any(difference == told for difference in found), found
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_stochastic_defenses_vary_and_others_do_not(name: str) -> None:
+    defended = make(name).guard(Linear(side=8))
+    one, two = defended(images()), defended(images())
+    assert torch.equal(one, two) != defended.stochastic
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_saved_and_loaded_gives_the_same_outputs(name: str) -> None:
+    defense = make(name)
+    buffer = io.BytesIO()
+    torch.save(defense.state_dict(), buffer)
+    buffer.seek(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        other = make(name)
+    for parameter in other.parameters():
+        parameter.data.add_(1.0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    answers = []
+    for each in (defense, other):
+        torch.manual_seed(3)
+        answers.append(each.guard(Linear(side=8))(images()))
+    assert torch.equal(*answers)
+
+
+def test_eot_answers_with_the_log_of_the_mean_probability() -> None:
+    defended = make("autoencoder").guard(Linear(side=8))
+    assert defended.stochastic
+    torch.manual_seed(0)
+    answer = defended.adaptive(draws=5)(images())
+    torch.manual_seed(0)
+    batch = images().repeat(5, 1, 1, 1)
+    expected = defended(batch).softmax(dim=1).unflatten(0, (5, 4)).mean(dim=0).log()
+    torch.testing.assert_close(answer, expected)
+    assert make("vae").guard(Linear(side=8)).adaptive(draws=5).draws == 1
+
+
+def test_bpda_takes_the_value_of_the_defense_and_the_gradient_of_its_stand_in() -> None:
+    class Rounding(Purifier):
+        gradient = "bpda"
+
+        def purify(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 4).round() / 4
+
+        def surrogate(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    classifier = Linear(side=8)
+    defended = Rounding().guard(classifier)
+    x = images().requires_grad_()
+    logits = defended.adaptive(draws=20)(x)
+    torch.testing.assert_close(logits, defended(images()))
+    (slope,) = torch.autograd.grad(logits[:, 0].sum(), x)
+    torch.testing.assert_close(slope, classifier.layer.weight[0].view(1, 1, 8, 8).expand_as(slope))
+
+
+def test_bpda_without_a_stand_in_is_a_clear_error() -> None:
+    class Silent(Purifier):
+        gradient = "bpda"
+
+        def purify(self, x: torch.Tensor) -> torch.Tensor:
+            return x.round()
+
+    with pytest.raises(TypeError, match="has to say what replaces its gradient"):
+        Silent().guard(Linear(side=8)).adaptive(draws=1)(images().requires_grad_())
+
+
+def test_none_lets_no_gradient_through() -> None:
+    class Closed(Purifier):
+        gradient = "none"
+
+        def purify(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 1.0
+
+    x = images().requires_grad_()
+    assert not Closed().guard(Linear(side=8).requires_grad_(False)).adaptive(draws=1)(x).requires_grad
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_median_filter_by_hand(window: int) -> None:
+    x = images(side=8)
+    seen = FeatureSqueezing(window=window).purify(x)
+    before = (window - 1) // 2
+    patch = x[0, 0, 3 - before : 3 - before + window, 4 - before : 4 - before + window]
+    assert seen[0, 0, 3, 4] == patch.flatten().median()
+    salt = torch.full((1, 1, 8, 8), 0.5)
+    salt[0, 0, 4, 4] = 1.0
+    assert torch.equal(FeatureSqueezing(window=3).purify(salt), torch.full_like(salt, 0.5))
+
+
+def test_autoencoder_learns_attacked_to_clean() -> None:
+    """The loss compares with the clean image when the batch was attacked."""
+    defense = Autoencoder(channels=1, size=(8, 8), noise=0.0)
+    attacked, clean = images(), images().flip(0)
+    loss = defense._loss({"image": attacked, "clean": clean})
+    torch.testing.assert_close(loss, nn.functional.mse_loss(defense.purify(attacked), clean))

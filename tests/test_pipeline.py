@@ -1,0 +1,237 @@
+"""The whole path on the bundled digits: records, second runs, sweeps, processes, interruptions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning import Callback
+
+from src import records
+from src.records import Record
+from tests.conftest import ROOT, Outcome, choices
+
+QUIET = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
+SMALL = (*QUIET, "limit.epochs=3", "limit.test_images=100", "attack.steps=5", "eval_batch_size=32")
+Command = Callable[..., Outcome]
+
+MEASURED_TIMES = {
+    "created", "wall_seconds", "attack_ms_per_image", "defense_ms_per_image", "host", "device", "config"
+}  # fmt: skip
+
+
+def figures(record: Record) -> dict[str, object]:
+    """Everything of a record that must not change from run to run."""
+    return {name: value for name, value in record.model_dump().items() if name not in MEASURED_TIMES}
+
+
+def ok(outcome: Outcome) -> Outcome:
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def test_a_run_writes_records_tables_and_pictures_and_the_second_computes_nothing(command: Command) -> None:
+    arguments = (*SMALL, "threat.eps=[0.1,0.2]")
+    first = ok(command(*arguments))
+    (run,) = first.runs()
+    found = records.find([run])
+    assert [(r.eps, r.access) for r in found] == [
+        (0.1, "gray_box"), (0.1, "white_box"), (0.2, "gray_box"), (0.2, "white_box")
+    ]  # fmt: skip
+    for record in found:
+        assert record.n == 100
+        assert record.robust_accuracy == record.correct_attacked / 100
+        assert record.robust_accuracy_low < record.robust_accuracy < record.robust_accuracy_high
+        assert record.distance_max <= record.eps + 1e-6
+        assert set(record.stages) == {"data", "classifier", "defense"}
+        with np.load(run / "records" / f"{record.key}.npz") as arrays:
+            assert (arrays["prediction"] == arrays["label"]).sum() == record.correct_attacked
+            assert arrays["index"].tolist() == list(range(100))
+    assert found[0].robust_accuracy_bare is not None
+    for name in ("results.csv", "results.md", "robustness_curve.png", "pictures.png"):
+        assert (run / name).stat().st_size > 100
+    assert "white_box" in first.out
+
+    stages = sorted(p for p in (first.folder / "artifacts").rglob("*") if p.is_file() and p.suffix != ".lock")
+    times = [path.stat().st_mtime_ns for path in stages]
+    second = ok(command(*arguments))
+    assert "making it" not in second.out + second.err
+    assert [path.stat().st_mtime_ns for path in stages] == times
+    assert records.find([second.runs()[-1]]) == found
+
+
+def test_twice_from_scratch_gives_identical_records(command: Command, tmp_path: Path) -> None:
+    arguments = (*SMALL, "threat.eps=0.2", "defense=autoencoder", "defense.latent=4", "eot_draws=3")
+    for place in ("one", "two"):
+        ok(command(*arguments, f"paths.artifacts={place}"))
+    one, two = ([figures(r) for r in records.find([tmp_path / place])] for place in ("one", "two"))
+    assert len(one) == 2
+    assert one == two
+
+
+def test_a_sweep_trains_each_classifier_once_and_tabulates_failures(command: Command) -> None:
+    outcome = command(
+        "-m", *SMALL, "threat.access=gray_box", "threat.eps=0.1,0.2", "classifier=cnn3,lenet",
+        "defense=none,feature_squeezing",
+    )  # fmt: skip
+    assert outcome.code == 1
+    (sweep,) = outcome.folder.glob("multirun/*/*")
+    with open(sweep / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert {row["classifier"] for row in failed} == {"lenet"}
+    assert len(failed) == 4
+    assert all("cnn3" in row["reason"] and row["eps"] in ("0.1", "0.2") for row in failed)
+    artifacts = outcome.folder / "artifacts"
+    assert len(list((artifacts / "classifier").glob("[!.]*"))) == 1
+    assert len(list((artifacts / "examples").glob("[!.]*"))) == 2  # one an eps, shared by the defenses
+    assert (sweep / "results.md").exists()
+    assert (sweep / "robustness_curve.png").exists()
+
+
+def test_two_processes_count_exactly_what_one_does(command: Command, tmp_path: Path) -> None:
+    """The same trained stages, attacked and tested on one device and on two: image by image the same verdict."""
+    arguments = (*SMALL, "threat.eps=0.15", "limit.test_images=101", "defense=autoencoder", "eot_draws=3")
+    ok(command(*arguments))
+    before = {r.access: r for r in records.find([tmp_path / "artifacts"])}
+    (tmp_path / "artifacts" / "records").rename(tmp_path / "one_device")
+    (tmp_path / "artifacts" / "examples").rename(tmp_path / "one_device_examples")
+    done = subprocess.run(
+        [sys.executable, "-m", "src.train", *arguments, "trainer=ddp_cpu", "trainer.devices=2"],
+        cwd=tmp_path, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    after = {r.access: r for r in records.find([tmp_path / "artifacts"])}
+    assert set(after) == {"gray_box", "white_box"}
+    for access, record in after.items():
+        assert figures(record) == figures(before[access])
+        with (
+            np.load(tmp_path / "one_device" / f"{record.key}.npz") as one,
+            np.load(tmp_path / "artifacts" / "records" / f"{record.key}.npz") as two,
+        ):
+            assert np.array_equal(one["prediction"], two["prediction"])
+            assert len(one["prediction"]) == 101
+
+
+def test_training_over_two_processes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "src.train", "-m", *SMALL, "trainer=ddp_cpu", "threat.eps=0.1", "defense=none,vae"],
+        cwd=tmp_path, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records.find(tmp_path.glob("multirun/*/*"))
+    assert len(found) == 4
+    assert {record.n for record in found} == {100}
+    assert found[0].clean_accuracy > 0.3  # it learnt: chance is 0.1
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the second epoch, or in the second pass over the test images."""
+
+    def __init__(self, *, when: str) -> None:
+        self.when = when
+        self.passes = 0
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        if self.when == "fit" and trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    def on_test_start(self, trainer, pl_module) -> None:
+        if self.when == "test" and any((Path("artifacts") / "records").glob("*.json")):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when", ["fit", "test"])
+def test_ctrl_c_leaves_what_the_second_run_goes_on_from(command: Command, tmp_path: Path, when: str) -> None:
+    arguments = (*SMALL, "threat.eps=0.2", "classifier.dropout=0.2", "defense=feature_squeezing")
+    ok(command(*arguments, "paths.artifacts=undisturbed"))
+    stop = [f"+callbacks.stop._target_={__name__}.Interrupt", f"+callbacks.stop.when={when}"]
+    stopped = command(*arguments, *stop)
+    assert stopped.code != 0
+    assert "interrupted" in stopped.err
+    assert "Traceback" not in stopped.err
+    resumed = ok(command(*arguments))
+    assert ("resuming" in resumed.out) == (when == "fit")
+    (one,), (two,) = (
+        list(tmp_path.glob(f"{place}/classifier/[!.]*/weights.pt")) for place in ("undisturbed", "artifacts")
+    )
+    one, two = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = ([figures(r) for r in records.find([tmp_path / place])] for place in ("undisturbed", "artifacts"))
+    assert first == second
+
+
+def test_damaged_weights_are_made_again(command: Command, tmp_path: Path) -> None:
+    arguments = (*SMALL, "threat.eps=0.2", "defense=none", "threat.access=gray_box")
+    ok(command(*arguments))
+    (weights,) = tmp_path.glob("artifacts/classifier/*/weights.pt")
+    good = weights.read_bytes()
+    weights.write_bytes(good[: len(good) // 2])
+    again = ok(command(*arguments))
+    assert "damaged" in again.out
+    one = torch.load(weights, weights_only=True)
+    assert weights.stat().st_size == len(good)
+    assert all(bool(torch.isfinite(value).all()) for value in one.values())
+
+
+@pytest.fixture(scope="module")
+def random_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sets of noise with the shapes of MNIST and CIFAR-10."""
+    folder = tmp_path_factory.mktemp("sets")
+    random = np.random.default_rng(0)
+    for name, shape in (("mnist", (28, 28)), ("cifar", (32, 32, 3))):
+        arrays = {
+            part: random.integers(0, 256, (count, *shape), dtype=np.uint8)
+            for part, count in (("x_train", 80), ("x_test", 16))
+        }
+        labels = {part.replace("x", "y"): np.arange(len(images)) % 10 for part, images in arrays.items()}
+        np.savez(folder / f"{name}.npz", **arrays, **labels)
+    return folder
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -> None:
+    """With its own networks, defense and attack, on noise of its dataset's shape."""
+    data = [] if "digits" in name else ["dataset=npz", f"dataset.root={random_sets / name.split('_')[0]}.npz"]
+    outcome = ok(command(*QUIET, f"+experiment={name}", *data, "+debug=quick", "eot_draws=2"))
+    found = records.find(outcome.runs())
+    assert len(found) >= 4
+    assert {record.status for record in found} == {"done"}
+    if "cifar_pgd" in name:
+        assert 8 / 255 in {record.eps for record in found}
+    if "mnist_pgd" in name:
+        assert {record.eps for record in found} == {0.15, 0.3}
+        assert found[0].config["attack"]["steps"] == 40
+
+
+@pytest.mark.parametrize("classifier", sorted(set(choices("classifier")) - {"torchvision", "vgg16_bn", "resnet18"}))
+@pytest.mark.parametrize("defense", choices("defense"))
+def test_every_small_classifier_goes_with_every_defense(
+    command: Command, random_sets: Path, classifier: str, defense: str
+) -> None:
+    outcome = ok(
+        command(
+            *QUIET, "+debug=quick", f"classifier={classifier}", f"defense={defense}", "attack=fgsm", "threat=l2",
+            "dataset=npz", f"dataset.root={random_sets / 'mnist.npz'}", "threat.eps=1", "eot_draws=2", "threat.targeted=true",
+        )
+    )  # fmt: skip
+    assert {r.status for r in records.find(outcome.runs())} == {"done"}
+
+
+def test_wandb_offline_run_holds_table_and_pictures(command: Command) -> None:
+    outcome = ok(command(*SMALL, "logger=wandb", "threat.eps=0.2"))
+    (run,) = outcome.runs()
+    (table,) = run.glob("wandb/offline-run-*/files/media/table/results*.table.json")
+    content = json.loads(table.read_text())
+    assert len(content["data"]) == 2
+    assert content["columns"][:3] == ["dataset", "classifier", "defense"]
+    images = {path.name.split("_")[0] for path in run.glob("wandb/offline-run-*/files/media/images/*.png")}
+    assert {"robustness", "pictures"} <= images
