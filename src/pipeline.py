@@ -241,7 +241,9 @@ class Bench:
     @torch.no_grad()
     def _sidecar(self, clean: dict[str, Tensor], seen: dict[str, Tensor], attack: dict[str, Tensor]) -> dict[str, Any]:
         """Verdicts of every image, and a few pictures, so that figures need no model."""
-        chosen = attack["attempted"][: len(seen["clean"])].nonzero().flatten()[:PICTURES]
+        # Right before the attack with and without the defense: gray_box and white_box then show the same images.
+        right = (clean["bare"] == clean["label"]) & (clean["defended"] == clean["label"])
+        chosen = right[: len(seen["clean"])].nonzero().flatten()[:PICTURES]
         before, after = seen["clean"][chosen], seen["image"][chosen]
         torch.manual_seed(self.job.seed)
         names = np.array(self.data.spec.classes, dtype=np.str_)

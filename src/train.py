@@ -35,14 +35,15 @@ def entry(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the command; wrong input ends in one line on stderr and exit code 1."""
+    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     # With this Hydra raises its errors instead of printing several lines and leaving, so that we can say them in one.
-    asked = os.environ.setdefault("HYDRA_FULL_ERROR", "1") and os.environ.get("PARAPET_TRACEBACK")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         entry()
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on from here", 130)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        if asked:
+        if wants_traceback:
             raise
         _leave(_one_line(error), 1)
 

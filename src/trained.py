@@ -109,7 +109,7 @@ class Workshop:
         about = {
             **about,
             "recipe": recipe.model_dump(),
-            "data": self.data.fingerprint,
+            "data": self.data.train_fingerprint,
             "seed": self.job.seed,
             "source": source_digest(type(module), *_networks(module), Recipe, augment, loaders),
         }

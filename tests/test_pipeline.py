@@ -169,6 +169,15 @@ def test_ctrl_c_leaves_what_the_second_run_goes_on_from(command: Command, tmp_pa
     assert first == second
 
 
+def test_fewer_test_images_train_nothing_again(command: Command) -> None:
+    arguments = (*SMALL, "threat.eps=0.2", "threat.access=gray_box", "defense=vae")
+    ok(command(*arguments))
+    again = ok(command(*arguments, "limit.test_images=50"))
+    assert "classifier cnn3 on digits: found" in again.out
+    assert "defense vae on digits: found" in again.out
+    assert records.find([again.runs()[-1]])[0].n == 50
+
+
 def test_damaged_weights_are_made_again(command: Command, tmp_path: Path) -> None:
     arguments = (*SMALL, "threat.eps=0.2", "defense=none", "threat.access=gray_box")
     ok(command(*arguments))
@@ -220,7 +229,8 @@ def test_every_small_classifier_goes_with_every_defense(
     outcome = ok(
         command(
             *QUIET, "+debug=quick", f"classifier={classifier}", f"defense={defense}", "attack=fgsm", "threat=l2",
-            "dataset=npz", f"dataset.root={random_sets / 'mnist.npz'}", "threat.eps=1", "eot_draws=2", "threat.targeted=true",
+            "dataset=npz", f"dataset.root={random_sets / 'mnist.npz'}", "threat.eps=1", "threat.targeted=true",
+            "eot_draws=2",
         )
     )  # fmt: skip
     assert {r.status for r in records.find(outcome.runs())} == {"done"}

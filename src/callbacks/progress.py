@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import PositiveInt
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
@@ -24,3 +25,9 @@ class Progress(TQDMProgressBar):
         bar = super().init_test_tqdm()
         bar.leave = False
         return bar
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        # v_num is the name of a log folder: nothing to watch.
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}

@@ -48,7 +48,7 @@ class ImageDataModule(LightningDataModule, ABC):
     """A dataset: uint8 pictures in three splits, batches as dicts of ``image``, ``label``, ``index``.
 
     After :meth:`prepare` (Lightning's ``setup`` calls it) there are ``spec``, ``train``, ``val``, ``test``
-    and ``fingerprint``.
+    and the two fingerprints.
 
     Args:
         root: folder (or file) the data lies in; None where none is needed.
@@ -66,7 +66,8 @@ class ImageDataModule(LightningDataModule, ABC):
     train: Split
     val: Split
     test: Split
-    fingerprint: str
+    train_fingerprint: str  # of what is trained on
+    fingerprint: str  # of that and the test images
 
     def __init__(
         self,
@@ -127,10 +128,11 @@ class ImageDataModule(LightningDataModule, ABC):
             if split.shape != shape:
                 raise UserError(f"{self.where}: {part} is {split.shape} (C, H, W). Allowed: {shape}")
             check_split(split, classes=spec.classes, where=f"{self.where}: {part}", least=least)
-        self.fingerprint = fingerprint(
-            (train, test), spec.classes, spec.mean, spec.std, kind,
-            self.validation, self.seed, self.limit_train, self.limit_test,
-        )  # fmt: skip
+        # Apart, so that testing on fewer images trains nothing again.
+        self.train_fingerprint = fingerprint(
+            (train,), spec.classes, spec.mean, spec.std, kind, self.validation, self.seed, self.limit_train
+        )
+        self.fingerprint = fingerprint((test,), self.train_fingerprint, self.limit_test)
 
         if self.limit_train is not None and self.limit_train < len(train):
             train = train.take(stratified_order(train.labels, seeded("limit", self.seed))[: self.limit_train])

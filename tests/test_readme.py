@@ -1,0 +1,69 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src import records
+from tests.conftest import ROOT, choices
+
+README = (ROOT / "README.md").read_text()
+
+
+def block(path: str) -> str:
+    """The code block that follows the name of a file."""
+    found = re.search(rf"`{re.escape(path)}`\n\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, path
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    "group", ["dataset", "classifier", "defense", "attack", "threat", "trainer", "logger", "experiment"]
+)
+def test_every_choice_is_listed(group: str) -> None:
+    (row,) = re.findall(rf"^\| `\+?{group}` \|(.*)\|$", README, re.MULTILINE)
+    listed = {name for name in re.findall(r"`([\w]+)`", row)}
+    assert set(choices(group)) <= listed
+
+
+def test_adding_an_attack_and_a_defense_takes_the_two_files_shown_each(tmp_path: Path) -> None:
+    """In a copy of the sources: the four files are written, nothing else is touched, and both are used."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("src", "conf"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
+    for path in (
+        "src/attacks/corner.py", "conf/attack/corner.yaml",
+        "src/defenses/purify/rounding.py", "conf/defense/rounding.yaml",
+    ):  # fmt: skip
+        assert not (copy / path).exists()
+        (copy / path).write_text(block(path))
+    done = subprocess.run(
+        [sys.executable, "-m", "src.train", "attack=corner", "defense=rounding", "+debug=quick", "logger=none",
+         "threat.eps=0.2", "callbacks=none", "trainer.enable_progress_bar=false"],
+        cwd=copy, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records.find([copy / "outputs"])
+    assert [(r.attack, r.defense, r.status, r.access) for r in found] == [
+        ("corner", "rounding", "done", "gray_box"), ("corner", "rounding", "done", "white_box")
+    ]  # fmt: skip
+    assert found[0].correct_attacked_bare is not None
+    assert found[0].distance_max == pytest.approx(0.2, abs=1e-6)
+
+
+def test_help_and_config_answer_at_once() -> None:
+    import time
+
+    for flag, word in (("--help", "attack: fgsm, pgd"), ("--cfg=job", "eot_draws")):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "src.train", *flag.split("=")], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert word in done.stdout
+        assert time.perf_counter() - started < 10  # 0.6 s on an idle machine; the bound only catches torch's return
