@@ -95,6 +95,8 @@ class ThreatModel:
     targeted: bool = False
     # Go on after success: the images are meant for another model than the one attacked (gray-box, training).
     exhaust: bool = False
+    # Take the verdict after rounding to 8-bit pixels, as a saved picture would have them.
+    quantize: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", Norm.parse(self.norm))
@@ -119,7 +121,9 @@ class ThreatModel:
         """The nearest allowed images: into the ball around ``clean`` and then into the box ``[0, 1]``.
 
         Clipping to the box after the ball never leaves the ball, since ``clean`` lies in the box. For l2 this is
-        the usual radial projection, not the exact projection onto the intersection.
+        the usual radial projection, not the exact projection onto the intersection; for l1 it is exact, since there
+        the difference decides whether attacks work (Croce, Hein 2021, https://arxiv.org/abs/2103.01208); for l0 the
+        pixels with the largest change are kept.
         """
         delta = images - clean
         if self.norm is Norm.LINF:
@@ -127,9 +131,27 @@ class ThreatModel:
         elif self.norm is Norm.L2:
             size = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(1e-12)
             delta = delta * (self.eps / size).clamp_max(1.0).view(-1, 1, 1, 1)
+        elif self.norm is Norm.L1:
+            return (clean + project_l1_box(clean, delta, self.eps)).clamp(0.0, 1.0)
         else:
-            raise UserError(f"threat.norm={self.norm}: no projection onto this ball yet. Allowed here: l2, linf")
+            delta = (clean + delta).clamp(0.0, 1.0) - clean
+            delta = delta * largest_pixels(delta, self.eps)
         return (clean + delta).clamp(0.0, 1.0)
+
+    def to_8_bit(self, clean: Tensor, images: Tensor) -> Tensor:
+        """Images on the grid of 8-bit pixels; where rounding would leave the budget, rounded toward ``clean``."""
+        saved = (images * 255).round() / 255
+        if not math.isfinite(self.eps):
+            return saved
+        toward = clean + ((images - clean) * 255).trunc() / 255
+        toward = (toward * 255).round() / 255
+        over = self.distance(clean, saved) > self.eps + self.slack
+        return torch.where(over.view(-1, 1, 1, 1), toward, saved)
+
+    @property
+    def slack(self) -> float:
+        """How far over eps float32 rounding may carry a distance."""
+        return 1e-6 if self.norm is Norm.LINF else 1e-5 * max(1.0, self.eps)
 
     def judge(self, clean: Tensor, images: Tensor) -> Tensor:
         """Distances ``(B,)`` of images that keep to the rules.
@@ -148,7 +170,41 @@ class ThreatModel:
         if not (low >= 0 and high <= 1):  # also false for NaN
             raise BudgetError(f"attack left the box [0, 1]: values from {low:.6g} to {high:.6g}")
         distance = self.distance(clean, images)
-        slack = 1e-6 if self.norm is Norm.LINF else 1e-5 * max(1.0, self.eps)
-        if math.isfinite(self.eps) and (worst := distance.max()) > self.eps + slack:
+        if math.isfinite(self.eps) and (worst := distance.max()) > self.eps + self.slack:
             raise BudgetError(f"attack left the budget: {self.norm} distance {worst:.8g}, eps {self.eps:.8g}")
         return distance
+
+
+def project_l1_box(clean: Tensor, delta: Tensor, eps: float) -> Tensor:
+    """The change nearest to ``delta`` with l1 norm at most ``eps`` that keeps ``clean`` in [0, 1]. Exact.
+
+    The solution is ``sign(delta) * clip(|delta| - t, 0, room)`` with the least ``t >= 0`` that meets the budget,
+    where ``room`` is how far each value may move. Its l1 norm is piecewise linear in ``t``: a sort of the break
+    points and two running sums find ``t``, without iteration.
+    """
+    size = delta.abs().flatten(1)
+    room = torch.where(delta > 0, 1 - clean, clean).flatten(1).clamp_min(0)
+    if not math.isfinite(eps):
+        return delta.sign() * torch.minimum(size, room).view_as(delta)
+    # Lowering t from above: a value starts to move when t falls below |delta|, and stops when its room is used up.
+    breaks, order = torch.cat([size, size - room], dim=1).sort(dim=1, descending=True)
+    moving = torch.cat([torch.ones_like(size), -torch.ones_like(size)], dim=1).gather(1, order).cumsum(dim=1)
+    gaps = breaks[:, :-1] - breaks[:, 1:]
+    norm_at = torch.nn.functional.pad((moving[:, :-1] * gaps).cumsum(dim=1), (1, 0))  # l1 norm when t is at a break
+    after = torch.searchsorted(norm_at.contiguous(), norm_at.new_full((len(norm_at), 1), eps), right=True)
+    at = (after - 1).clamp_min(0)
+    speed = moving.gather(1, at).clamp_min(1)
+    threshold = breaks.gather(1, at) - (eps - norm_at.gather(1, at)) / speed
+    kept = torch.minimum((size - threshold.clamp_min(0)).clamp_min(0), room)
+    return delta.sign() * kept.view_as(delta)
+
+
+def largest_pixels(delta: Tensor, count: float) -> Tensor:
+    """Mask ``(B, 1, H, W)`` of the ``count`` pixels that changed most, over all channels together."""
+    batch, _, height, width = delta.shape
+    kept = int(min(count, height * width))
+    change = delta.abs().sum(dim=1).flatten(1)
+    mask = torch.zeros_like(change)
+    if kept:
+        mask.scatter_(1, change.topk(kept, dim=1).indices, 1.0)
+    return mask.view(batch, 1, height, width)

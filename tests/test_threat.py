@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src.errors import UserError
-from src.threat import Access, BudgetError, Norm, ThreatModel, parse_eps, parse_eps_list
+from src.threat import Access, BudgetError, Norm, ThreatModel, parse_eps, parse_eps_list, project_l1_box
 
 
 @pytest.mark.parametrize("text", ["linf", "l-inf", "Linf", "inf", "L_inf"])
@@ -79,3 +79,46 @@ def test_judge_refuses_what_breaks_the_rules() -> None:
             threat.judge(clean, bad)
     with pytest.raises(BudgetError, match="box"):
         ThreatModel(norm=Norm.LINF, eps=math.inf).judge(clean, clean + 0.6)
+
+
+@pytest.mark.parametrize("eps", [0.5, 3.0, 20.0])
+def test_l1_projection_is_the_nearest_point(eps: float) -> None:
+    """Against bisection over the threshold, on the same closed form."""
+    generator = torch.Generator().manual_seed(3)
+    clean = torch.rand(8, 3, 4, 4, generator=generator)
+    delta = torch.randn(clean.shape, generator=generator)
+    ours = project_l1_box(clean, delta, eps)
+    room = torch.where(delta > 0, 1 - clean, clean)
+
+    def shrunk(threshold: torch.Tensor) -> torch.Tensor:
+        return torch.minimum((delta.abs() - threshold.view(-1, 1, 1, 1)).clamp_min(0), room)
+
+    low, high = torch.zeros(8), torch.full((8,), 10.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        over = shrunk(middle).sum(dim=(1, 2, 3)) > eps
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    torch.testing.assert_close(ours, delta.sign() * shrunk(high), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("norm", list(Norm))
+@pytest.mark.parametrize("eps", [0.0, 1.0, 5.0, math.inf])
+def test_every_norm_projects_into_budget_and_box(norm: Norm, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(16, 3, 5, 5, generator=generator)
+    threat = ThreatModel(norm=norm, eps=eps)
+    images = threat.project(clean, clean + torch.randn(clean.shape, generator=generator))
+    threat.judge(clean, images)
+    if norm is Norm.L0:
+        assert int(threat.distance(clean, images).max()) <= min(eps, 25)
+
+
+@pytest.mark.parametrize("norm", [Norm.L1, Norm.L2, Norm.LINF])
+def test_8_bit_images_lie_on_the_grid_and_in_the_budget(norm: Norm) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(0, 256, (8, 3, 4, 4), generator=generator) / 255
+    threat = ThreatModel(norm=norm, eps=0.1)
+    saved = threat.to_8_bit(clean, threat.project(clean, clean + torch.randn(clean.shape, generator=generator)))
+    threat.judge(clean, saved)
+    assert torch.equal((saved * 255).round() / 255, saved)
+    assert not torch.equal(saved, clean)

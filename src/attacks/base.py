@@ -13,12 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.attacks.query import Query
 from src.errors import UserError
 from src.threat import Norm, ThreatModel
 
@@ -33,15 +33,25 @@ class Attacked:
     prediction: Tensor  # (B,) the attacked model's class for `images`, in float32 and eval mode
     attempted: Tensor  # (B,) bool: right before the attack, so the attack worked on it
     success: Tensor  # (B,) bool: turned (untargeted), or turned into the target
-    distance: Tensor  # (B,) in the threat's norm; 0 where not attempted
-    forward_passes: int  # images sent through the model, verdicts included
-    backward_passes: int
+    distance: Tensor  # (B,) in the threat's norm; 0 where nothing was changed
+    forward_passes: Tensor  # (B,) times the image, or a version of it, went through the model, verdicts included
+    backward_passes: Tensor  # (B,)
 
 
 class Attack(ABC):
-    """Base of all attacks. Authors write :meth:`run`; callers use ``attack(model, images, labels, threat)``."""
+    """Base of all attacks. Authors write :meth:`run`; callers use ``attack(model, images, labels, threat)``.
+
+    Attributes:
+        norms: what it can be asked for; anything else is refused.
+        needs: what of the model it looks at: ``gradient``, ``scores`` (logits) or ``labels`` (their argmax).
+        minimal: searches the smallest change instead of filling a budget, so that one run answers every eps.
+        can_target: whether it has a targeted mode.
+    """
 
     norms: ClassVar[frozenset[Norm]]
+    needs: ClassVar[Literal["gradient", "scores", "labels"]] = "gradient"
+    minimal: ClassVar[bool] = False
+    can_target: ClassVar[bool] = True
 
     @final
     def __call__(
@@ -53,6 +63,7 @@ class Attack(ABC):
         *,
         generator: torch.Generator | None = None,
         target: Tensor | None = None,
+        search: torch.dtype = torch.float32,
     ) -> Attacked:
         """Attack the images the model gets right and judge the outcome.
 
@@ -63,35 +74,31 @@ class Attack(ABC):
             threat: norm, radius, targeted or not.
             generator: CPU generator of all the attack's randomness; the same generator state gives the same images.
             target: wanted classes ``(B,)`` of a targeted attack; drawn among the wrong classes when absent.
+            search: precision of the model inside the search (autocast); bfloat16 is faster where the machine has it.
+                Verdicts are in float32 whatever stands here, and images that only bfloat16 takes for turned are
+                searched again in float32.
 
         Raises:
-            UserError: a norm the attack does not have, images outside [0, 1], labels or targets that make no sense.
+            UserError: a norm or mode the attack does not have, images outside [0, 1], labels or targets that make no
+                sense, a model that gives NaN or the wrong shape, or no gradient where one is needed.
             BudgetError: the attack's own images break the rules.
         """
-        if threat.norm not in self.norms:
-            allowed = ", ".join(sorted(self.norms))
-            raise UserError(f"threat.norm={threat.norm}: {type(self).__name__} cannot do it. Allowed: {allowed}")
+        self.check(threat.norm, targeted=threat.targeted)
         _check(images, labels)
         generator = generator or torch.Generator().manual_seed(0)
         # A batch made under Lightning's inference mode can never carry gradients; a copy made outside can.
         with torch.inference_mode(False), torch.enable_grad(), _untouched(model, images.device, generator):
-            counted = _Counted(model)
+            query = Query(model, len(images), images.device, search)
             images = images.detach().clone()
-            logits = counted.verdict(images)
+            logits = query.verdict(images)
             if len(images) and int(labels.max()) >= logits.shape[1]:
                 raise UserError(f"labels up to {int(labels.max())}, but the model has {logits.shape[1]} classes")
-            attempted = logits.argmax(dim=1) == labels
-            goal = labels
-            if threat.targeted:
-                goal = _targets(labels, logits.shape[1], generator) if target is None else target
-                if bool((goal == labels).any()):
-                    raise UserError("target equals the label of an image: a targeted attack needs a wrong class")
             result, prediction = images.clone(), logits.argmax(dim=1)
+            attempted = prediction == labels
+            goal = _targets(labels, logits.shape[1], generator, target) if threat.targeted else labels
             todo = attempted.nonzero().flatten()
             if threat.eps > 0 and len(todo):
-                made = self.run(counted, images[todo], goal[todo], threat, generator=generator)
-                result[todo] = made.detach().to(images.dtype)
-                prediction[todo] = counted.verdict(result[todo]).argmax(dim=1)
+                result[todo], prediction[todo] = self._search(query, images, goal, threat, generator, todo)
             distance = threat.judge(images, result)
             success = attempted & ((prediction == goal) if threat.targeted else (prediction != labels))
         return Attacked(
@@ -100,72 +107,70 @@ class Attack(ABC):
             attempted=attempted,
             success=success,
             distance=distance,
-            forward_passes=counted.forward_passes,
-            backward_passes=counted.backward_passes,
+            forward_passes=query.forward_passes,
+            backward_passes=query.backward_passes,
         )
 
+    def _search(
+        self,
+        query: Query,
+        images: Tensor,
+        goal: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator,
+        todo: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Images made of ``images[todo]`` and the model's class for each, in float32."""
+        clean, y = images[todo], goal[todo]
+        made, prediction = self._made(query.of(todo), clean, y, threat, generator)
+        if query.search is not torch.float32:
+            missed = ~_reached(prediction, y, threat)
+            doubtful = todo[missed][fooled(query.of(todo[missed])(made[missed]), y[missed], threat)]
+            if len(doubtful):
+                again = torch.isin(todo, doubtful)
+                exact = query.of(doubtful, torch.float32)
+                made[again], prediction[again] = self._made(exact, clean[again], y[again], threat, generator)
+        return made, prediction
+
+    def _made(
+        self, model: Query, clean: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        made = self.run(model, clean, y, threat, generator=generator).detach().to(clean.dtype)
+        if threat.quantize:
+            made = threat.to_8_bit(clean, made)
+        if self.minimal:
+            # The search does not know the budget: what it found beyond it does not count.
+            beyond = threat.distance(clean, made) > threat.eps + threat.slack
+            made = torch.where(beyond.view(-1, 1, 1, 1), clean, made)
+        return made, model.verdict(made).argmax(dim=1)
+
+    @classmethod
+    def check(cls, norm: Norm, *, targeted: bool = False) -> None:
+        """Refuse a norm or a mode that this attack does not have."""
+        if norm not in cls.norms:
+            allowed = ", ".join(sorted(cls.norms))
+            raise UserError(f"threat.norm={norm}: {cls.__name__} cannot do it. Allowed: {allowed}")
+        if targeted and not cls.can_target:
+            raise UserError(f"threat.targeted=true: {cls.__name__} has no targeted mode. Allowed: false")
+
     @abstractmethod
-    def run(self, model: Model, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
+    def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         """Adversarial images for ``x``, same shape, in [0, 1] and within ``threat``.
 
         All of ``x`` is classified correctly. ``y`` is the label to leave, or the target to reach when
-        ``threat.targeted``. Parameters of the model carry no gradient; the model is in eval mode.
+        ``threat.targeted``. Parameters of the model carry no gradient; the model is in eval mode. ``model`` is a
+        :class:`~src.attacks.query.Query`: an attack that drops images on the way says which are left with
+        ``model.of(rows)``, so that passes are counted for the image they were spent on.
         """
 
 
 def fooled(logits: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
     """Which images have reached the attack's goal, shape ``(B,)``."""
-    hit = logits.argmax(dim=1) == y
-    return hit if threat.targeted else ~hit
+    return _reached(logits.argmax(dim=1), y, threat)
 
 
-def gradient(model: Model, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
-    """Logits and the direction of ascent: the cross-entropy's gradient, turned round when targeted.
-
-    Summed over the batch, so that an image's gradient does not depend on its neighbours.
-    """
-    x = x.detach().requires_grad_()
-    logits = model(x).float()
-    loss = F.cross_entropy(logits, y, reduction="sum")
-    (slope,) = torch.autograd.grad(loss, x)
-    return logits.detach(), -slope if threat.targeted else slope
-
-
-def steepest(slope: Tensor, norm: Norm) -> Tensor:
-    """The step of length one, in ``norm``, along which a linear loss grows fastest."""
-    if norm is Norm.LINF:
-        return slope.sign()
-    # Scaled first: gradients of a confident network underflow when squared.
-    scaled = slope / slope.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
-    size = torch.linalg.vector_norm(scaled.flatten(1), dim=1).clamp_min(1e-12)
-    return scaled / size.view(-1, 1, 1, 1)
-
-
-class _Counted:
-    """A model that counts the images it is asked about, forward and backward."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.forward_passes = 0
-        self.backward_passes = 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.forward_passes += len(x)
-        logits = self.model(x)
-        if logits.requires_grad:
-            logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
-        return logits
-
-    def _count_backward(self, slope: Tensor) -> None:
-        self.backward_passes += len(slope)
-
-    @torch.no_grad()
-    def verdict(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self(x)
-        if not bool(torch.isfinite(logits).all()):
-            raise UserError("the model returned NaN or infinite logits: it cannot be attacked; check its weights")
-        return logits
+def _reached(prediction: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    return prediction == y if threat.targeted else prediction != y
 
 
 @contextmanager
@@ -204,8 +209,14 @@ def _check(images: Tensor, labels: Tensor) -> None:
         raise UserError(f"labels go down to {int(labels.min())}; expected 0 or more")
 
 
-def _targets(labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+def _targets(labels: Tensor, classes: int, generator: torch.Generator, given: Tensor | None) -> Tensor:
     if classes < 2:
         raise UserError("a targeted attack needs a model with at least two classes")
-    shift = torch.randint(1, classes, labels.shape, generator=generator).to(labels.device)
-    return (labels + shift) % classes
+    if given is None:
+        shift = torch.randint(1, classes, labels.shape, generator=generator).to(labels.device)
+        return (labels + shift) % classes
+    if given.shape != labels.shape or (given.numel() and not (int(given.min()) >= 0 and int(given.max()) < classes)):
+        raise UserError(f"target is {tuple(given.shape)} up to {given.max()}; expected {tuple(labels.shape)} classes")
+    if bool((given == labels).any()):
+        raise UserError("target equals the label of an image: a targeted attack needs a wrong class")
+    return given

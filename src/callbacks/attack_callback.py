@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from src.attacks.base import Attack
+from src.attacks.base import Attack, Attacked
 from src.errors import UserError
 from src.keys import seed_of
 from src.threat import ThreatModel
@@ -106,15 +106,15 @@ class Replay(Callback):
         batch["image"] = self.images[batch["index"].cpu()].to(batch["image"].device)
 
 
-def _verdict(attacked: Any, seconds: float) -> dict[str, Tensor]:
-    """What the attack says of each image; costs are shared evenly among the images it worked on."""
-    worked = max(1, int(attacked.attempted.sum()))
-    share = attacked.attempted.to(torch.float64)
+def _verdict(attacked: Attacked, seconds: float) -> dict[str, Tensor]:
+    """What the attack says of each image."""
+    # Time is shared among the images by what was asked of the model for each.
+    passes = (attacked.forward_passes + 2 * attacked.backward_passes).double()
     return {
         "attempted": attacked.attempted,
         "success": attacked.success,
         "distance": attacked.distance,
-        "attack_seconds": share * (seconds / worked),
-        "forward_passes": share * (attacked.forward_passes / worked),
-        "backward_passes": share * (attacked.backward_passes / worked),
+        "attack_seconds": seconds * passes / passes.sum().clamp_min(1),
+        "forward_passes": attacked.forward_passes,
+        "backward_passes": attacked.backward_passes,
     }

@@ -1,0 +1,95 @@
+"""The model as an attack sees it: it counts what is asked for each image, and answers verdicts in float32."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from src.errors import UserError
+
+
+class Query:
+    """A model whose passes are counted per image of the batch under attack.
+
+    Called with ``(k * R, C, H, W)``, where ``R`` is the number of images this view is of: ``k`` blocks that each hold a
+    version of every image, in order.
+
+    Args:
+        model: images in [0, 1] → logits.
+        images: how many images the batch has.
+        device: where they are.
+        search: precision of the forward pass when called; :meth:`verdict` is in float32 always.
+    """
+
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], images: int, device: torch.device, search: torch.dtype
+    ) -> None:
+        self.model = model
+        self.search = search
+        self.forward_passes = torch.zeros(images, dtype=torch.int64)
+        self.backward_passes = torch.zeros(images, dtype=torch.int64)
+        self._rows: Tensor | None = None  # None: all of them, in order
+
+    def of(self, rows: Tensor, search: torch.dtype | None = None) -> Query:
+        """A view for some of this view's images (positions or a mask), counting into the same place."""
+        view = Query.__new__(Query)
+        view.model, view.search = self.model, search or self.search
+        view.forward_passes, view.backward_passes = self.forward_passes, self.backward_passes
+        rows = rows.cpu()
+        view._rows = self._all()[rows]
+        return view
+
+    def _all(self) -> Tensor:
+        return torch.arange(len(self.forward_passes)) if self._rows is None else self._rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=self.search, enabled=self.search is not torch.float32):
+            logits = self.model(x)
+        self._count(self.forward_passes, len(x))
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        return logits.float()
+
+    @torch.no_grad()
+    def verdict(self, x: Tensor) -> Tensor:
+        """Logits in float32, checked."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.model(x)
+        self._count(self.forward_passes, len(x))
+        if logits.ndim != 2 or len(logits) != len(x):
+            raise UserError(
+                f"the model returned {tuple(logits.shape)} for {len(x)} images; expected (B, classes) logits"
+            )
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError("the model returned NaN or infinite logits: it cannot be attacked; check its weights")
+        if len(logits) and float(logits.logsumexp(dim=1).abs().max()) < 1e-4 and float(logits.max()) <= 0:
+            _warn_once("the model seems to return log-probabilities; logits make stronger attacks")
+        elif len(logits) and float((logits.sum(dim=1) - 1).abs().max()) < 1e-4 and float(logits.min()) >= 0:
+            _warn_once("the model seems to return probabilities; return logits, or gradients vanish")
+        return logits
+
+    def _count_backward(self, slope: Tensor) -> None:
+        self._count(self.backward_passes, len(slope))
+
+    def _count(self, counts: Tensor, asked: int) -> None:
+        images = len(counts) if self._rows is None else len(self._rows)
+        if not images:
+            return
+        if asked % images:
+            raise RuntimeError(f"{asked} images asked of a view of {images}: say which are meant with model.of(rows)")
+        if self._rows is None:
+            counts += asked // images
+        else:
+            counts[self._rows] += asked // images
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
