@@ -34,6 +34,7 @@ class ThreatConfig(Strict):
     eps: Any = None
     access: Any
     targeted: bool
+    quantize: bool
 
 
 class Limit(Strict):
@@ -76,8 +77,10 @@ class Job(Strict):
     seed: NonNegativeInt
     eval_batch_size: PositiveInt
     eot_draws: PositiveInt
+    search_precision: typing.Literal["32-true", "bf16-mixed"] | None
     dataset: dict[str, Any]
     classifier: dict[str, Any]
+    surrogate: dict[str, Any] | None
     defense: dict[str, Any]
     attack: dict[str, Any]
     threat: ThreatConfig
@@ -114,15 +117,19 @@ def parse(cfg: DictConfig) -> Job:
     _ = job.access, job.eps((0.0,))
     for group in ("dataset", "attack", "trainer", "logger"):
         check(getattr(job, group), group)
-    for group in ("classifier", "defense"):
+    for group in ("classifier", "defense", "surrogate"):
+        if getattr(job, group) is None:
+            continue
         node, trained = split(getattr(job, group), group)
         check(node, group)
         if trained.trained_on:
             check(trained.trained_on.attack, f"{group}.trained_on.attack")
-    attack = locate(job.attack, "attack")
-    if job.norm not in attack.norms:
-        allowed = ", ".join(sorted(attack.norms))
-        raise UserError(f"threat.norm={job.norm}: {attack.__name__} cannot do it. Allowed: {allowed}")
+    locate(job.attack, "attack").check(job.norm, targeted=job.threat.targeted)
+    if Access.TRANSFER in job.access and job.surrogate is None:
+        raise UserError(
+            "threat.access=transfer: no surrogate to attack. Name the classifier that the attacker trains: "
+            "+classifier@surrogate=lenet"
+        )
     for name, callback in job.callbacks.items():
         check(callback, f"callbacks.{name}")
     return job

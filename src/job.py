@@ -24,7 +24,17 @@ from src.threat import parse_eps_list
 log = logging.getLogger(__name__)
 
 # Overrides of these say what is measured, not where or how it is run.
-MEASURED = ("dataset.", "classifier.", "defense.", "attack.", "limit.")
+MEASURED = (
+    "classifier@",
+    "surrogate.",
+    "eot_draws",
+    "search_precision",
+    "dataset.",
+    "classifier.",
+    "defense.",
+    "attack.",
+    "limit.",
+)
 PLACES = ("root", "cache", "workers", "memory_limit_gib", "download", "checkpoint")
 
 
@@ -61,12 +71,13 @@ def run(cfg: DictConfig) -> None:
 def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
     from src import pipeline, report, tables
+    from src.measure import Names
     from src.tracking import NoTracker
 
     tags = [names[key] for key in ("dataset", "classifier", "defense", "attack")] + [str(a) for a in job.access]
     tracker: NoTracker
     with config.build(job.logger, "logger", tags=tags) as tracker:
-        for record in pipeline.run(job, pipeline.Names(**names), out, tracker):
+        for record in pipeline.run(job, Names(**names), out, tracker):
             done.append(record)
         written = report.write_report(done, out / "records", out)
         tracker.log_config(job.model_dump(mode="json"))

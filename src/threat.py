@@ -40,6 +40,8 @@ class Access(StrEnum):
 
     GRAY_BOX = "gray_box"  # the bare classifier, not the defense
     WHITE_BOX = "white_box"  # the defended model, through it
+    BLACK_BOX = "black_box"  # only the defended model's scores
+    TRANSFER = "transfer"  # a surrogate classifier trained apart, nothing of the defended model
 
     @classmethod
     def parse(cls, value: object) -> tuple[Access, ...]:

@@ -45,18 +45,27 @@ class Workshop:
 
     def classifier(self, name: str) -> tuple[Classifier, str]:
         """The trained classifier of the config, on the CPU and in eval mode, and its key."""
-        node, trained = split(self.job.classifier, "classifier")
-        torch.manual_seed(self.job.seed)  # the first weights
-        network = build(node, "classifier", **self.shape)
+        return self._classifier(self.job.classifier, "classifier", f"classifier {name}", self.job.seed)
+
+    def surrogate(self) -> tuple[Classifier, str]:
+        """The classifier a transfer attacker trains: apart, so from another seed."""
+        assert self.job.surrogate is not None
+        kind = str(self.job.surrogate["_target_"]).rsplit(".", 1)[-1]
+        return self._classifier(self.job.surrogate, "surrogate", f"surrogate {kind}", self.job.seed + 1)
+
+    def _classifier(self, choice: dict[str, Any], group: str, what: str, seed: int) -> tuple[Classifier, str]:
+        node, trained = split(choice, group)
+        torch.manual_seed(seed)  # the first weights
+        network = build(node, group, **self.shape)
         smoothing = trained.label_smoothing
         module = Classifier(network=network, num_classes=self.data.spec.num_classes, label_smoothing=smoothing)
         if trained.checkpoint is not None:
-            return module, self._own_weights(module, Path(trained.checkpoint), "classifier.checkpoint")
+            return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint")
         if trained.fit is None:
-            raise UserError("classifier.fit: missing; it says how to train, see conf/fit/default.yaml")
-        what = f"classifier {name} on {self.data.spec.name}"
-        key = self._trained("classifier", module, trained.fit, what, {"node": node, "smoothing": smoothing})
-        return module, key
+            raise UserError(f"{group}.fit: missing; it says how to train, see conf/fit/default.yaml")
+        what = f"{what} on {self.data.spec.name}"
+        about = {"node": node, "smoothing": smoothing}
+        return module, self._trained("classifier", module, trained.fit, what, about, seed=seed)
 
     def defense(self, name: str, classifier: Classifier, classifier_key: str) -> tuple[DefendedModel, str]:
         """The classifier behind the trained defense of the config, and the defense's key."""
@@ -102,15 +111,17 @@ class Workshop:
         what: str,
         about: dict[str, Any],
         callbacks: list[Callback] | None = None,
+        seed: int | None = None,
     ) -> str:
         """Weights found or made, loaded into ``module``; the key."""
+        seed = self.job.seed if seed is None else seed
         if self.job.limit.epochs is not None:
             recipe = recipe.model_copy(update={"epochs": min(recipe.epochs, self.job.limit.epochs)})
         about = {
             **about,
             "recipe": recipe.model_dump(),
             "data": self.data.train_fingerprint,
-            "seed": self.job.seed,
+            "seed": seed,
             "source": source_digest(type(module), *_networks(module), Recipe, augment, loaders),
         }
         key = content_key(**about)
@@ -123,7 +134,7 @@ class Workshop:
                 recipe,
                 config=self.job.trainer,
                 folder=folder,
-                seed=self.job.seed,
+                seed=seed,
                 callbacks=[*(callbacks or []), *extra],
                 logger=self.tracker.lightning_logger(kind),
             )

@@ -27,15 +27,25 @@ class AttackCallback(Callback):
         threat: norm and radius. At fit each batch gets a radius drawn uniformly up to it, so that the module learns
             every strength; at test the radius is the threat's.
         target: the model under attack; None: the module itself.
+        search: precision of the model inside the search; verdicts are in float32.
         seed: with the position of a batch's first image it decides all randomness of the attack on that batch, so
             that any number of devices makes the same images.
     """
 
-    def __init__(self, *, attack: Attack, threat: ThreatModel, target: nn.Module | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        attack: Attack,
+        threat: ThreatModel,
+        target: nn.Module | None = None,
+        seed: int = 0,
+        search: torch.dtype = torch.float32,
+    ) -> None:
         self.attack = attack
         self.threat = threat
         self.target = target
         self.seed = seed
+        self.search = search
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.target is not None:
@@ -80,7 +90,8 @@ class AttackCallback(Callback):
             threat = dataclasses.replace(threat, eps=threat.eps * float(torch.rand((), generator=generator)))
         clean = batch[image]
         started = time.perf_counter()
-        attacked = self.attack(self.target or pl_module, clean, batch[label], threat, generator=generator)
+        model = self.target or pl_module
+        attacked = self.attack(model, clean, batch[label], threat, generator=generator, search=self.search)
         seconds = time.perf_counter() - started
         batch[image] = attacked.images
         if isinstance(batch, dict):

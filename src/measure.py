@@ -1,0 +1,315 @@
+"""One defended classifier on one test split, measured cell by cell."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback
+from torch import Tensor
+
+from src import fit, records
+from src.attacks.base import Attack
+from src.callbacks.attack_callback import AttackCallback, Replay
+from src.callbacks.collect import Collect
+from src.classifiers.module import Classifier
+from src.config import Job, build
+from src.data.base import ImageDataModule
+from src.defenses.base import DefendedModel
+from src.errors import UserError
+from src.keys import content_key, source_digest
+from src.records import Record, wilson
+from src.stages import Stages
+from src.threat import Access, ThreatModel
+
+log = logging.getLogger(__name__)
+
+PICTURES = 8  # examples kept beside a record
+LOOKED_AT = 32  # first images among which the examples are chosen
+
+Table = dict[str, Tensor]  # one row an image of the test split, in its order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What the choices are called, for the columns of the table."""
+
+    dataset: str
+    classifier: str
+    defense: str
+    attack: str
+    variant: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured: models and their content keys."""
+
+    classifier: Classifier
+    defended: DefendedModel
+    surrogate: Classifier | None
+    keys: dict[str, str]
+
+
+class Bench:
+    """Measures cells; what several cells share is made once."""
+
+    def __init__(self, job: Job, names: Names, data: ImageDataModule, stages: Stages, subject: Subject) -> None:
+        self.job, self.names, self.data, self.stages, self.subject = job, names, data, stages, subject
+        self.keys = {"data": data.fingerprint, **subject.keys}
+        self.attack: Attack = build(job.attack, "attack")
+        self.bare = subject.defended.defense is None  # nothing stands before the classifier
+        precision = job.search_precision or (job.classifier.get("fit") or {}).get("precision", "32-true")
+        self.search = torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
+        self._check_access()
+
+    def cell(self, eps: float, access: Access, folder: Path) -> Record:
+        """The record of a cell, found in the cache or measured; a copy with its pictures lands in ``folder``."""
+        job = self.job.threat
+        threat = ThreatModel(norm=self.job.norm, eps=eps, targeted=job.targeted, quantize=job.quantize)
+        key = self._key(threat, access)
+        store = self.stages.root / "records"
+        path, sidecar = store / f"{key}.json", store / f"{key}.npz"
+        record = self._found(path)
+        if record is None:
+            record, arrays = self._measure(key, threat, access)
+            store.mkdir(parents=True, exist_ok=True)
+            records.save_sidecar(sidecar, arrays)
+            records.save(record, store)
+        folder.mkdir(parents=True, exist_ok=True)
+        records.save(record, folder)
+        if sidecar.exists():
+            shutil.copyfile(sidecar, folder / sidecar.name)
+        return record
+
+    def _found(self, path: Path) -> Record | None:
+        if not path.exists():
+            return None
+        try:
+            record = records.load(path)
+        except UserError as error:
+            log.warning("%s; set aside and measured again", error)
+            path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+            return None
+        log.info("record %s eps %.4g %s: found (%s)", record.attack, record.eps, record.access, record.key)
+        return record
+
+    def _check_access(self) -> None:
+        gradients = self.attack.needs == "gradient"
+        for access in self.job.access:
+            if access is Access.BLACK_BOX and gradients:
+                raise UserError(
+                    f"threat.access=black_box: attack={self.names.attack} needs gradients, and black_box gives scores "
+                    "only. Use an attack on scores or labels, or another access"
+                )
+            if access is Access.WHITE_BOX and gradients and self.subject.defended.gradient == "none":
+                raise UserError(
+                    f"threat.access=white_box: defense={self.names.defense} lets no gradient through, and "
+                    f"attack={self.names.attack} needs one. Use an attack on scores, or threat.access=transfer"
+                )
+
+    def _key(self, threat: ThreatModel, access: Access) -> str:
+        return content_key(
+            names=asdict(self.names),
+            **self.keys,
+            attack=self._attack_parts(threat),
+            access=access,
+            draws=self._draws,
+            source=source_digest(type(self.subject.defended), Collect, Bench),
+        )
+
+    @property
+    def _draws(self) -> int:
+        return self.job.eot_draws if self.subject.defended.stochastic else 1
+
+    def _attack_parts(self, threat: ThreatModel) -> dict[str, Any]:
+        return {
+            "node": self.job.attack,
+            "threat": asdict(threat),
+            "seed": self.job.seed,
+            "batch": self.job.eval_batch_size,
+            "search": str(self.search),
+            "source": source_digest(type(self.attack), ThreatModel, AttackCallback),
+        }
+
+    def _measure(self, key: str, threat: ThreatModel, access: Access) -> tuple[Record, dict[str, Any]]:
+        started = time.perf_counter()
+        clean = self._clean
+        label = clean["label"]
+        attack = self._attacked(threat, access)
+        # Images made on another model than the defended one are shown to it now; others have met it already.
+        elsewhere = access in (Access.GRAY_BOX, Access.TRANSFER) and not (self.bare and access is Access.GRAY_BOX)
+        seen = self._shown(attack["image"]) if elsewhere else attack
+        right, held = clean["defended"] == label, seen["prediction"] == label
+        turned = attack["success"] if threat.targeted else right & attack["attempted"] & ~held
+        low, high = wilson(int(held.sum()), len(label))
+        worked = attack.get("found", attack["attempted"])
+        on_bare = (attack["prediction"] == label) if access is Access.GRAY_BOX else None
+        record = Record(
+            key=key,
+            **asdict(self.names),
+            norm=threat.norm,
+            eps=threat.eps,
+            access=access,
+            seed=self.job.seed,
+            targeted=threat.targeted,
+            n=len(label),
+            correct_bare=int((clean["bare"] == label).sum()),
+            correct_defended=int(right.sum()),
+            correct_attacked=int(held.sum()),
+            correct_attacked_bare=None if on_bare is None else int(on_bare.sum()),
+            clean_accuracy=float((clean["bare"] == label).double().mean()),
+            clean_accuracy_defended=float(right.double().mean()),
+            robust_accuracy=float(held.double().mean()),
+            robust_accuracy_low=low,
+            robust_accuracy_high=high,
+            robust_accuracy_bare=None if on_bare is None else float(on_bare.double().mean()),
+            attack_success_rate=_share(turned, right & attack["attempted"]),
+            distance_median=_over(attack["distance"], worked, "median"),
+            distance_max=_over(attack["distance"], worked, "amax"),
+            forward_passes=_over(attack["forward_passes"], attack["attempted"], "mean"),
+            backward_passes=_over(attack["backward_passes"], attack["attempted"], "mean"),
+            attack_ms_per_image=_over(attack["attack_seconds"] * 1e3, attack["attempted"], "mean"),
+            defense_ms_per_image=float(clean["seconds"].mean() * 1e3),
+            stages=self.keys,
+            config=self.job.model_dump(mode="json"),
+            versions={name: version(name) for name in ("torch", "pytorch-lightning", "hydra-core", "numpy")},
+            host=platform.node(),
+            device=str(self.job.trainer.get("accelerator", "auto")),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            wall_seconds=round(time.perf_counter() - started, 3),
+        )
+        log.info("%s %s eps %.4g %s: robust accuracy %.4f (n=%d)", self.names.defense, self.names.attack,
+                 threat.eps, access, record.robust_accuracy, record.n)  # fmt: skip
+        return record, self._sidecar(clean, seen, attack)
+
+    @cached_property
+    def _clean(self) -> Table:
+        """Clean predictions of the bare classifier and of the defended model."""
+        defended = self._test(self.subject.defended)
+        bare = defended if self.bare else self._test(self.subject.classifier)
+        columns = {name: defended[name] for name in ("index", "label", "seconds")}
+        return columns | {"bare": bare["prediction"], "defended": defended["prediction"]}
+
+    def _attacked(self, threat: ThreatModel, access: Access) -> Table:
+        """Attacked images of every test image with the attack's verdicts, made by what ``access`` allows."""
+        whole = threat
+        if self.attack.minimal:  # one search answers every eps
+            whole = replace(threat, eps=float("inf"))
+        if access is Access.GRAY_BOX or (self.bare and access is Access.WHITE_BOX):
+            table = self._stored(self.subject.classifier, "classifier", replace(whole, exhaust=True))
+        elif access is Access.TRANSFER:
+            assert self.subject.surrogate is not None
+            table = self._stored(self.subject.surrogate, "surrogate", replace(whole, exhaust=True))
+        elif self.attack.minimal:
+            table = self._stored(self.subject.defended, "defense", whole, self._target(access))
+        else:
+            table = self._test(self.subject.defended, self._callback(whole, self._target(access)), keep=self._few)
+        return _within(table, threat) if self.attack.minimal else table
+
+    def _target(self, access: Access) -> torch.nn.Module:
+        defended = self.subject.defended
+        return defended.adaptive(self.job.eot_draws) if access is Access.WHITE_BOX else defended
+
+    def _callback(self, threat: ThreatModel, target: torch.nn.Module | None = None) -> AttackCallback:
+        return AttackCallback(attack=self.attack, threat=threat, target=target, seed=self.job.seed, search=self.search)
+
+    @property
+    def _few(self) -> dict[str, int | None]:
+        return {"image": LOOKED_AT, "clean": LOOKED_AT}
+
+    def _stored(self, model: Any, role: str, threat: ThreatModel, target: torch.nn.Module | None = None) -> Table:
+        """Attacked images kept as a stage: those on a classifier serve every defense, minimal ones every eps."""
+        parts = {"data": self.keys["data"], role: self.keys[role], **self._attack_parts(threat)}
+        if target is not None:
+            parts |= {"classifier": self.keys["classifier"], "draws": self._draws, "target": type(target).__name__}
+        what = f"examples {self.names.attack} {threat.norm} eps {threat.eps:.4g} on {role}"
+
+        def make(folder: Path) -> None:
+            keep = {"image": None, "clean": None if self.attack.minimal else LOOKED_AT}
+            self._test(model, self._callback(threat, target), path=folder / "examples.pt", keep=keep)
+
+        folder = self.stages.make("examples", content_key(**parts), what=what, build=make, about=parts)
+        table: Table = torch.load(folder / "examples.pt", weights_only=True)
+        return table
+
+    def _shown(self, images: Tensor) -> Table:
+        return self._test(self.subject.defended, Replay(images), keep=self._few)
+
+    def _test(
+        self, module: Any, *callbacks: Callback, path: Path | None = None, keep: dict[str, int | None] | None = None
+    ) -> Table:
+        watchers = [build(node, f"callbacks.{name}") for name, node in self.job.callbacks.items()]
+        with tempfile.TemporaryDirectory() as scratch:
+            return fit.evaluate(
+                module,
+                self.data,
+                config=self.job.trainer,
+                path=path or Path(scratch) / "collected.pt",
+                seed=self.job.seed,
+                callbacks=[*callbacks, *watchers],
+                keep=keep,
+            )
+
+    @torch.no_grad()
+    def _sidecar(self, clean: Table, seen: Table, attack: Table) -> dict[str, Any]:
+        """Verdicts of every image, and a few pictures, so that figures need no model."""
+        # Right before the attack with and without the defense: gray_box and white_box then show the same images.
+        right = (clean["bare"] == clean["label"]) & (clean["defended"] == clean["label"])
+        chosen = right[: len(seen["clean"])].nonzero().flatten()[:PICTURES]
+        before, after = seen["clean"][chosen], seen["image"][chosen]
+        torch.manual_seed(self.job.seed)
+        defended = self.subject.defended
+        pictures = {
+            "clean": before,
+            "adversarial": after,
+            "purified_clean": defended.purified(before),
+            "purified": defended.purified(after),
+            "picture_label": clean["label"][chosen],
+            "picture_clean_prediction": clean["defended"][chosen],
+            "picture_prediction": seen["prediction"][chosen],
+            "picture_bare_prediction": self.subject.classifier(after).argmax(dim=1),
+        }
+        verdicts = {
+            "index": clean["index"],
+            "label": clean["label"],
+            "clean_prediction": clean["defended"],
+            "prediction": seen["prediction"],
+            **{name: attack[name] for name in ("attempted", "distance", "forward_passes", "backward_passes")},
+        }
+        names = np.array(self.data.spec.classes, dtype=np.str_)
+        return {"class_names": names} | {name: value.numpy() for name, value in (pictures | verdicts).items()}
+
+
+def _within(table: Table, threat: ThreatModel) -> Table:
+    """Of a minimal-norm attack's images those within eps; the others count as unchanged, so their label stands.
+
+    ``distance`` stays what the search found, whatever eps, for the images in ``found``.
+    """
+    beyond = table["distance"] > threat.eps + threat.slack
+    return table | {
+        "image": torch.where(beyond.view(-1, 1, 1, 1), table["clean"], table["image"]),
+        "prediction": torch.where(beyond, table["label"], table["prediction"]),
+        "success": table["success"] & ~beyond,
+        "found": table["success"],
+    }
+
+
+def _share(part: Tensor, whole: Tensor) -> float | None:
+    return float(part.sum() / whole.sum()) if bool(whole.any()) else None
+
+
+def _over(values: Tensor, mask: Tensor, how: str) -> float | None:
+    """A figure over the images the attack worked on; None when there are none."""
+    return float(getattr(values[mask].double(), how)()) if bool(mask.any()) else None
