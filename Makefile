@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-peers
+COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --group dev pyproject.toml \
+  --no-emit-index-url --no-emit-find-links --no-annotate --no-header
 .DEFAULT_GOAL := setup
 
 help:  ## Show this list
@@ -37,13 +40,27 @@ format: setup  ## Let ruff rewrite the sources
 bench-train: setup  ## Training throughput: ours through Lightning against a bare loop
 	$(BIN)/python -m benchmarks.train
 
-bench: bench-train  ## All benchmarks
+peers: $(PEERS)/.ready  ## Build .venv-peers: ours and the other attack libraries, to compare with
 
-pins: setup  ## Compile requirements.txt from pyproject.toml
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev pyproject.toml \
-	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header --output-file requirements.txt
+$(PEERS)/.ready: requirements-peers.txt $(READY)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)
+	@printf 'setuptools<81\n' > $(PEERS)/build.txt
+	$(BIN)/uv pip sync --quiet --python $(PEERS)/bin/python --build-constraints $(PEERS)/build.txt requirements-peers.txt
+	@touch $(PEERS)/.ready
+
+bench-parity: peers  ## Are our attacks as strong as other libraries'? ARGS="--root DIR --images 1000"
+	$(PEERS)/bin/python -W ignore -m benchmarks.parity $(ARGS)
+
+bench-attacks: peers  ## Are our attacks faster than other libraries'? ARGS="--root DIR"
+	$(PEERS)/bin/python -W ignore -m benchmarks.attacks $(ARGS)
+
+bench: bench-train bench-parity bench-attacks  ## All benchmarks
+
+pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproject.toml
+	$(COMPILE) --output-file requirements.txt
+	$(COMPILE) --group peers --constraints requirements.txt --output-file requirements-peers.txt
 
 clean:  ## Remove the environment and caches (never outputs, artifacts or data)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup demo test test-full lint format bench-train bench pins clean
+.PHONY: help setup demo test test-full lint format peers bench-train bench-parity bench-attacks bench pins clean

@@ -124,7 +124,7 @@ def parse(cfg: DictConfig) -> Job:
         check(node, group)
         if trained.trained_on:
             check(trained.trained_on.attack, f"{group}.trained_on.attack")
-    locate(job.attack, "attack").check(job.norm, targeted=job.threat.targeted)
+    build(job.attack, "attack").check(job.norm, targeted=job.threat.targeted)
     if Access.TRANSFER in job.access and job.surrogate is None:
         raise UserError(
             "threat.access=transfer: no surrogate to attack. Name the classifier that the attacker trains: "

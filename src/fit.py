@@ -36,6 +36,8 @@ for message in (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
     ".*smaller than the logging.*",
+    ".*exists and is not empty.*",  # that is how a training is resumed
+    ".*lr_scheduler.step\\(\\).*",
 ):
     warnings.filterwarnings("ignore", message)
 

@@ -29,6 +29,7 @@ MEASURED = (
     "surrogate.",
     "eot_draws",
     "search_precision",
+    "threat.quantize",
     "dataset.",
     "classifier.",
     "defense.",

@@ -17,10 +17,13 @@ def content_key(**parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def source_digest(*objects: object) -> str:
+def source_digest(*objects: object, within: str | None = None) -> str:
     """Digest of our own source behind classes (bases included), functions and modules.
 
     Comments, docstrings and formatting do not count: they change no result and should not train anything again.
+
+    Args:
+        within: a package, such as ``src.attacks``, in which imports are followed as well.
     """
     files: set[str] = set()
     for item in objects:
@@ -29,7 +32,27 @@ def source_digest(*objects: object) -> str:
             module = inspect.getmodule(member)
             if module is not None and module.__name__.startswith("src.") and module.__file__:
                 files.add(module.__file__)
+    if within is not None:
+        waiting = list(files)
+        while waiting:
+            found = _imported(waiting.pop(), within) - files
+            files |= found
+            waiting += found
     return content_key(source=sorted(_code_digest(file) for file in files))
+
+
+@functools.cache
+def _imported(file: str, package: str) -> frozenset[str]:
+    """Files of ``package`` that a file imports, wherever in it the import stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(Path(file).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    root = Path(__file__).parent.parent
+    paths = (root / f"{name.replace('.', '/')}.py" for name in names if name.startswith(package))
+    return frozenset(str(path) for path in paths if path.exists())
 
 
 @functools.cache

@@ -70,7 +70,9 @@ class Bench:
         self.keys = {"data": data.fingerprint, **subject.keys}
         self.attack: Attack = build(job.attack, "attack")
         self.bare = subject.defended.defense is None  # nothing stands before the classifier
-        precision = job.search_precision or (job.classifier.get("fit") or {}).get("precision", "32-true")
+        trained = (job.classifier.get("fit") or {}).get("precision", "32-true")
+        # A search for the nearest boundary ends where bfloat16 cannot tell the sides apart: only on demand.
+        precision = job.search_precision or ("32-true" if self.attack.minimal else trained)
         self.search = torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
         self._check_access()
 
@@ -140,8 +142,16 @@ class Bench:
             "seed": self.job.seed,
             "batch": self.job.eval_batch_size,
             "search": str(self.search),
-            "source": source_digest(type(self.attack), ThreatModel, AttackCallback),
+            "source": source_digest(
+                type(self.attack), *self._members, ThreatModel, AttackCallback, within="src.attacks"
+            ),
         }
+
+    @property
+    def _members(self) -> list[type]:
+        """Attacks that this one is made of: their source is part of its key."""
+        members = getattr(self.attack, "members", None)
+        return [type(member) for member in members.values()] if isinstance(members, dict) else []
 
     def _measure(self, key: str, threat: ThreatModel, access: Access) -> tuple[Record, dict[str, Any]]:
         started = time.perf_counter()

@@ -77,7 +77,7 @@ def _misspelled(key: str) -> str | None:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             node = OmegaConf.select(compose("train", overrides=others), parent) if parent else compose("train")
-            return unknown_key(key, name, [str(allowed) for allowed in node])
+            return unknown_key(key, name, [str(allowed) for allowed in node if allowed != "_target_"])
     except (HydraException, OmegaConfBaseException, TypeError):
         return None
 

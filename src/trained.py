@@ -95,7 +95,7 @@ class Workshop:
         attack = build(source.attack, "defense.trained_on.attack")
         about["trained_on"] = {
             "attack": source.attack,
-            "source": source_digest(type(attack), ThreatModel, AttackCallback),
+            "source": source_digest(type(attack), ThreatModel, AttackCallback, within="src.attacks"),
             "norm": norm,
             "eps": eps,
             "classifier": classifier_key,

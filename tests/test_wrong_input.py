@@ -36,7 +36,7 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["attack=nonsense"], ["attack/nonsense", "fgsm", "pgd"]),
         (["defense=vaes"], ["defense/vaes", "feature_squeezing", "vae"]),
         (["+experiment=nope"], ["experiment/nope", "cifar_pgd_vae"]),
-        (["attack.epz=3"], ["attack.epz", "relative_step, restarts, step, steps"]),
+        (["attack.epz=3"], ["attack.epz", "relative_step, restarts"]),
         (["+attack.stepz=3"], ["attack.stepz", "did you mean step?"]),
         (["+threat.epss=3"], ["threat.epss", "did you mean eps?"]),
         (["+sed=3"], ["sed", "did you mean seed?"]),

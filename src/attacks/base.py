@@ -144,14 +144,14 @@ class Attack(ABC):
             made = torch.where(beyond.view(-1, 1, 1, 1), clean, made)
         return made, model.verdict(made).argmax(dim=1)
 
-    @classmethod
-    def check(cls, norm: Norm, *, targeted: bool = False) -> None:
+    def check(self, norm: Norm, *, targeted: bool = False) -> None:
         """Refuse a norm or a mode that this attack does not have."""
-        if norm not in cls.norms:
-            allowed = ", ".join(sorted(cls.norms))
-            raise UserError(f"threat.norm={norm}: {cls.__name__} cannot do it. Allowed: {allowed}")
-        if targeted and not cls.can_target:
-            raise UserError(f"threat.targeted=true: {cls.__name__} has no targeted mode. Allowed: false")
+        name = type(self).__name__
+        if norm not in self.norms:
+            allowed = ", ".join(sorted(self.norms))
+            raise UserError(f"threat.norm={norm}: {name} cannot do it. Allowed: {allowed}")
+        if targeted and not self.can_target:
+            raise UserError(f"threat.targeted=true: {name} has no targeted mode. Allowed: false")
 
     @abstractmethod
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:

@@ -46,6 +46,9 @@ class Query:
         return torch.arange(len(self.forward_passes)) if self._rows is None else self._rows
 
     def __call__(self, x: Tensor) -> Tensor:
+        # Convolutions of few channels run up to twice as fast in this layout; a plain .contiguous() does not set it
+        # where there is one channel.
+        x = x.clone(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.search, enabled=self.search is not torch.float32):
             logits = self.model(x)
         self._count(self.forward_passes, len(x))

@@ -1,0 +1,96 @@
+"""What attacks made of other attacks share."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from pydantic import ConfigDict, ValidationError, validate_call
+from torch import Tensor
+
+from src.attacks.base import Attack
+from src.attacks.query import Query
+from src.errors import UserError
+from src.threat import ThreatModel
+
+
+class Ensemble(Attack):
+    """Runs other attacks on the same images."""
+
+    def in_turn(
+        self,
+        members: Iterable[Attack],
+        model: Query,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator,
+        *,
+        all_images: bool,
+    ) -> Tensor:
+        """For each image the nearest that met the goal, else what the first member made of it.
+
+        Each member is judged as if it stood alone: after rounding to 8 bits where the threat asks for it, without what
+        a minimal-norm attack found beyond the budget, in float32.
+
+        Args:
+            all_images: let every member have all images; false: only those that no member before it has turned.
+        """
+        result, rows = x.clone(), torch.arange(len(x), device=x.device)
+        nearest = torch.full((len(x),), torch.inf, device=x.device)
+        for turn, member in enumerate(members):
+            clean, goal = x[rows], y[rows]
+            made, prediction = member._made(model.of(rows), clean, goal, threat, generator)
+            hit = prediction == goal if threat.targeted else prediction != goal
+            distance = torch.where(hit, threat.distance(clean, made), torch.inf)
+            better = distance < nearest[rows]
+            taken = better | ~hit if turn == 0 else better
+            result[rows] = torch.where(taken.view(-1, 1, 1, 1), made, result[rows])
+            nearest[rows] = torch.where(better, distance, nearest[rows])
+            if not all_images:
+                rows = rows[~hit]
+                if not len(rows):
+                    break
+        return result
+
+
+def attacks_of(members: object) -> dict[str, Attack]:
+    """Attacks by name, from attacks or from nodes with a ``_target_`` and its arguments.
+
+    Raises:
+        UserError: no members, something that is no attack, a wrong argument of one.
+    """
+    if not isinstance(members, Mapping) or not members:
+        raise UserError(f"members={members}: expected attacks by name, such as members.pgd and members.square")
+    return {str(name): _attack(node, f"members.{name}") for name, node in members.items()}
+
+
+def _attack(node: Any, key: str) -> Attack:
+    if isinstance(node, Attack):
+        return node
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise UserError(f"{key}={node}: expected an attack, or one of the choices in conf/attack")
+    module, _, name = str(node["_target_"]).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}._target_={node['_target_']}: cannot be imported ({error})") from None
+    if not inspect.isclass(found) or not issubclass(found, Attack):
+        raise UserError(f"{key}._target_={node['_target_']}: not an attack. Expected a subclass of {Attack.__name__}")
+    arguments = {argument: value for argument, value in node.items() if argument != "_target_"}
+    allowed = list(inspect.signature(found).parameters)
+    for argument in arguments:
+        if argument not in allowed:
+            raise UserError(f"{key}.{argument}: unknown key; Allowed: {', '.join(sorted(allowed)) or 'none'}")
+    made, constructor = found.__new__(found), cast(Callable[..., None], found.__init__)
+    try:
+        # The annotations of the constructor are its schema, here as in the config.
+        validate_call(config=ConfigDict(arbitrary_types_allowed=True))(constructor)(made, **arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([key, *(str(part) for part in first["loc"])])
+        raise UserError(f"{where}={first['input']}: {first['msg']}") from None
+    return made

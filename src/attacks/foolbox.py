@@ -1,0 +1,73 @@
+"""Attacks of foolbox under our judge."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from torch import Tensor
+
+from src.attacks.peers import Arguments, Peer, Seen, name_in
+from src.threat import Norm, ThreatModel
+
+LIBRARY, INSTALL = "foolbox", "foolbox"
+Name = Annotated[str, name_in(LIBRARY, INSTALL)]
+
+# How foolbox writes a norm at the head of an attack's name.
+HEADS = {Norm.L0: ("L0",), Norm.L1: ("L1",), Norm.L2: ("L2",), Norm.LINF: ("Linf", "LInf", "Linfinity")}
+NORM_OF = {0: Norm.L0, 1: Norm.L1, 2: Norm.L2, math.inf: Norm.LINF}
+
+
+class Foolbox(Peer):
+    """An attack of foolbox, by name and arguments.
+
+    Library: Rauber et al. 2020, "Foolbox Native", https://doi.org/10.21105/joss.02607
+
+    Norms: those the attack has; the name may leave the norm out, the threat's is put in. Untargeted and, where the
+    attack has it, targeted. Attacks of a fixed budget get eps, minimal ones search without a limit.
+
+    Args:
+        name: class in ``foolbox.attacks``, whole (``L2CarliniWagnerAttack``) or without norm and ``Attack``
+            (``CarliniWagner``, ``PGD``, ``DeepFool``, ``FMN``).
+        arguments: of its constructor, in the library's own names and units (``rel_stepsize``: in radii).
+
+    Example::
+
+        attacked = Foolbox(name="PGD", arguments={"steps": 40})(model, images, labels, threat)
+    """
+
+    library = LIBRARY
+    install = INSTALL
+
+    def __init__(self, *, name: Name = "PGD", arguments: Arguments | None = None) -> None:
+        super().__init__(name=name, arguments=arguments)
+
+    def attack(self, library: Any, model: Seen, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, bool]:
+        attack = self.make(self._kind(library, threat), {"constraint": str(threat.norm)})
+        norm = NORM_OF.get(getattr(attack.distance, "p", -1))
+        if norm is not threat.norm:
+            raise self.wrong_norm(threat, frozenset({norm} if norm else ()))
+        minimal = isinstance(attack, library.attacks.base.MinimizationAttack)
+        goal = library.criteria.TargetedMisclassification if threat.targeted else library.criteria.Misclassification
+        seen = library.PyTorchModel(model, bounds=(0, 1), device=x.device)
+        try:
+            raw, clipped, _ = attack(seen, x, goal(y), epsilons=None if minimal else threat.radius(x))
+        except ValueError as error:
+            if threat.targeted and "criterion" in str(error):
+                raise self.no_target() from None
+            raise
+        return (raw, False) if minimal else (clipped, True)
+
+    def _kind(self, library: Any, threat: ThreatModel) -> Any:
+        """The class: the name as it stands, or with the threat's norm before and ``Attack`` behind it."""
+        for head in HEADS[threat.norm]:
+            for whole in (f"{head}{self.name}", f"{head}{self.name}Attack", self.name, f"{self.name}Attack"):
+                if isinstance(kind := getattr(library.attacks, whole, None), type):
+                    return kind
+        known = [name for name, value in vars(library.attacks).items() if isinstance(value, type) and name != "Attack"]
+        others = frozenset(
+            norm
+            for norm, heads in HEADS.items()
+            if any(f"{head}{self.name}{tail}" in known for head in heads for tail in ("", "Attack"))
+        )
+        raise self.wrong_norm(threat, others) if others else self.unknown(known)

@@ -1,0 +1,69 @@
+"""Attacks of torchattacks under our judge."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Annotated, Any
+
+from torch import Tensor
+
+from src.attacks.peers import Arguments, Peer, Seen, name_in, parameters
+from src.threat import Norm, ThreatModel
+
+LIBRARY, INSTALL = "torchattacks", "--no-deps torchattacks"
+Name = Annotated[str, name_in(LIBRARY, INSTALL)]
+
+
+class TorchAttacks(Peer):
+    """An attack of torchattacks, by name and arguments.
+
+    Library: Kim 2020, "Torchattacks: A PyTorch Repository for Adversarial Attacks", https://arxiv.org/abs/2010.01950
+
+    Norms: those the attack's own documentation names. Untargeted and, where the attack has it, targeted. Norm and eps
+    come from the threat; eps reaches an attack as its ``eps`` or ``pixels``, one that takes neither counts as minimal.
+
+    Args:
+        name: class in ``torchattacks``: PGD, CW, JSMA, …
+        arguments: of its constructor, in the library's own names and units (``alpha``: step in [0, 1] pixels).
+
+    Example::
+
+        attacked = TorchAttacks(name="PGD", arguments={"steps": 40})(model, images, labels, threat)
+    """
+
+    library = LIBRARY
+    install = INSTALL
+
+    def __init__(self, *, name: Name = "PGD", arguments: Arguments | None = None) -> None:
+        super().__init__(name=name, arguments=arguments)
+
+    def attack(self, library: Any, model: Seen, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, bool]:
+        names = [name for name in library.__all__ if name not in library.__wrapper__]
+        if self.name not in names:
+            raise self.unknown(names)
+        kind = getattr(library, self.name)
+        norms = documented_norms(kind)
+        if threat.norm not in norms:
+            raise self.wrong_norm(threat, norms)
+        radius = threat.radius(x)
+        known = parameters(kind)
+        taken = {
+            "eps": radius,
+            "pixels": int(radius),
+            "norm": "Linf" if threat.norm is Norm.LINF else threat.norm.upper(),
+            "n_classes": model.classes(x) if "n_classes" in known else None,
+        }
+        attack = self.make(kind, taken, model)
+        if threat.targeted:
+            if "targeted" not in attack.supported_mode:
+                raise self.no_target()
+            attack.set_mode_targeted_by_label(quiet=True)
+        bounded = bool({"eps", "pixels"} & known) and self.name != "FAB"
+        return attack(x, y), bounded
+
+
+def documented_norms(kind: Any) -> frozenset[Norm]:
+    """The norms in the line ``Distance Measure : …`` of an attack's docstring; all where there is none."""
+    found = re.search(r"Distance Measure\s*:(.*)", inspect.getdoc(kind) or "")
+    return frozenset(Norm.parse(name) for name in re.findall(r"L(?:inf|\d)", found[1])) if found else frozenset(Norm)

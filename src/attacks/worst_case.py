@@ -1,0 +1,59 @@
+"""The worst of several attacks, image by image."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from src.attacks.base import Attack
+from src.attacks.combine import Ensemble, attacks_of
+from src.attacks.query import Query
+from src.threat import Norm, ThreatModel
+
+
+class WorstCase(Ensemble):
+    """An image holds only if it holds against every member; among the successes, the nearest is kept.
+
+    Paper: per-image worst case over an ensemble as in Croce, Hein 2020, https://arxiv.org/abs/2003.01690, and over any
+    set of attacks as in Carlini et al. 2019, "On Evaluating Adversarial Robustness", https://arxiv.org/abs/1902.06705
+
+    Norms: those that all members have; targeted where all members are.
+
+    Args:
+        members: attacks by name, or their config nodes; they run in this order, under the one threat model. An image
+            that nobody turns comes back as the first member left it.
+        all_images: every member has all images, so that the nearest success is known; false: an image that one has
+            turned is spared the others, which is faster and gives the same verdicts where members draw no random
+            numbers.
+
+    Example::
+
+        worst = WorstCase(members={"pgd": PGD(), "square": Square()})
+        attacked = worst(model, images, labels, ThreatModel(norm="linf", eps=8 / 255))
+    """
+
+    norms = frozenset(Norm)  # of the class; an instance has those of its members
+
+    def __init__(
+        self,
+        *,
+        members: Annotated[dict[str, Attack], BeforeValidator(attacks_of)],
+        all_images: bool = True,
+    ) -> None:
+        self.members = attacks_of(members)
+        self.all_images = all_images
+        all_members = self.members.values()
+        vars(self).update(  # what one instance can do depends on its members
+            norms=frozenset.intersection(*(member.norms for member in all_members)),
+            can_target=all(member.can_target for member in all_members),
+            needs=min((member.needs for member in all_members), key=("gradient", "scores", "labels").index),
+        )
+
+    def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
+        members = self.members.values()
+        for member in members:
+            member.check(threat.norm, targeted=threat.targeted)
+        return self.in_turn(members, model, x, y, threat, generator, all_images=self.all_images)

@@ -1,0 +1,179 @@
+"""Attacks made of attacks, and the control that must be weak."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from src.attacks.apgd import APGD
+from src.attacks.autoattack import AutoAttack
+from src.attacks.base import Attack
+from src.attacks.combine import attacks_of
+from src.attacks.fgsm import FGSM
+from src.attacks.noise import Noise
+from src.attacks.pgd import PGD
+from src.attacks.square import Square
+from src.attacks.worst_case import WorstCase
+from src.config import build
+from src.errors import UserError
+from src.threat import Norm, ThreatModel
+from src.train import CONF
+from tests.test_apgd import batch, curved
+
+EPS = {Norm.LINF: 0.03, Norm.L2: 0.3, Norm.L1: 3.0, Norm.L0: 3.0}
+PLAIN = {"one": FGSM(), "two": PGD(steps=5, random_start=False), "three": PGD(steps=7, random_start=False, loss="dlr")}
+
+
+def made(*overrides: str) -> Attack:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides))
+    return build(OmegaConf.to_container(cfg.attack, resolve=True), "attack")
+
+
+@pytest.mark.parametrize("norm", [Norm.LINF, Norm.L2])
+@pytest.mark.parametrize("all_images", [True, False])
+def test_worst_case_is_the_union_of_its_members(norm: Norm, all_images: bool) -> None:
+    model = curved()
+    images, labels = batch(model, 64)
+    threat = ThreatModel(norm=norm, eps=EPS[norm])
+    alone = [attack(model, images, labels, threat) for attack in PLAIN.values()]
+    together = WorstCase(members=PLAIN, all_images=all_images)(model, images, labels, threat)
+    union = torch.stack([a.success for a in alone]).any(dim=0)
+    assert 0 < int(union.sum()) < len(images)
+    assert torch.equal(together.success, union)
+    if all_images:
+        distances = torch.stack([torch.where(a.success, a.distance, torch.inf) for a in alone])
+        assert torch.equal(together.distance[union], distances.amin(dim=0)[union])
+    else:
+        first = alone[0].success
+        assert torch.equal(together.images[first], alone[0].images[first])
+        rest = together.forward_passes[first].float().mean(), together.forward_passes[~first].float().mean()
+        assert rest[0] < rest[1]
+
+
+def test_worst_case_is_mounted_by_config() -> None:
+    attack = made("attack=worst_case")
+    assert isinstance(attack, WorstCase)
+    assert {name: type(member) for name, member in attack.members.items()} == {"pgd": PGD, "square": Square}
+    changed = made(
+        "attack=worst_case",
+        "attack@attack.members.pgd=fgsm",
+        "~attack@attack.members.square",
+        "+attack@attack.members.noise=noise",
+        "attack.members.noise.draws=3",
+    )
+    assert isinstance(changed, WorstCase)
+    assert {name: type(member) for name, member in changed.members.items()} == {"pgd": FGSM, "noise": Noise}
+    noise = changed.members["noise"]
+    assert isinstance(noise, Noise)
+    assert noise.draws == 3
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({}, "expected attacks by name"),
+        ({"a": 3}, "members.a=3: expected an attack"),
+        ({"a": {"_target_": "src.attacks.pgd.Nothing"}}, "members.a._target_=src.attacks.pgd.Nothing: cannot be"),
+        ({"a": {"_target_": "src.threat.Norm"}}, "not an attack"),
+        ({"a": {"_target_": "src.attacks.pgd.PGD", "stepz": 3}}, "members.a.stepz: unknown key"),
+        ({"a": {"_target_": "src.attacks.pgd.PGD", "steps": 0}}, "members.a.steps=0"),
+    ],
+)
+def test_wrong_members_are_one_clear_line(members: dict, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        attacks_of(members)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_worst_case_can_do_what_all_its_members_can() -> None:
+    assert WorstCase(members=PLAIN).norms == {Norm.LINF, Norm.L2}
+    assert WorstCase(members={"a": Square(), "b": Noise()}).needs == "scores"
+    assert WorstCase(members={"a": Square(), "b": PGD()}).needs == "gradient"
+    assert not WorstCase(members={"a": Square(), "b": AutoAttack()}).can_target
+
+
+def test_a_member_without_the_norm_says_so() -> None:
+    model = curved()
+    images, labels = batch(model, 4)
+    with pytest.raises(UserError, match=r"threat\.norm=l1: WorstCase cannot do it. Allowed: l2, linf"):
+        WorstCase(members=PLAIN)(model, images, labels, ThreatModel(norm="l1", eps=1))
+    with pytest.raises(UserError, match="WorstCase has no targeted mode"):
+        WorstCase(members={"a": AutoAttack()})(model, images, labels, ThreatModel(norm="l2", eps=1, targeted=True))
+
+
+def test_autoattack_has_the_published_members() -> None:
+    pytest.importorskip("src.attacks.fab")
+    standard, l1, plus, rand = (
+        AutoAttack(version=version).members(norm)
+        for version, norm in (("standard", "linf"), ("standard", Norm.L1), ("plus", "l2"), ("rand", "l2"))
+    )
+    assert list(standard) == list(l1) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert list(plus) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert list(rand) == ["apgd-ce", "apgd-dlr"]
+
+    def facts(attack: Attack) -> tuple[object, ...]:
+        assert isinstance(attack, APGD)
+        classes = attack.target_classes if attack.loss == "dlr_targeted" else None
+        return attack.loss, attack.steps, attack.restarts, classes, attack.eot_iter, attack.enlarge
+
+    assert facts(standard["apgd-ce"]) == ("ce", 100, 1, None, 1, False)
+    assert facts(standard["apgd-t"]) == ("dlr_targeted", 100, 1, 9, 1, False)
+    assert facts(l1["apgd-ce"]) == ("ce", 100, 5, None, 1, True)
+    assert facts(l1["apgd-t"]) == ("dlr_targeted", 100, 1, 5, 1, True)
+    assert facts(plus["apgd-ce"]) == ("ce", 100, 5, None, 1, False)
+    assert facts(plus["apgd-dlr"]) == ("dlr", 100, 5, None, 1, False)
+    assert facts(rand["apgd-dlr"]) == ("dlr", 100, 1, None, 20, False)
+    square = standard["square"]
+    assert isinstance(square, Square)
+    assert (square.queries, square.p_init, square.rescale_schedule, square.restarts) == (5000, 0.8, False, 1)
+
+
+@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
+@pytest.mark.parametrize("norm", [Norm.LINF, Norm.L2, Norm.L1])
+def test_autoattack_is_not_weaker_than_any_member(version: str, norm: Norm) -> None:
+    if version != "rand":
+        pytest.importorskip("src.attacks.fab")
+    model = curved()
+    images, labels = batch(model, 24)
+    threat = ThreatModel(norm=norm, eps=EPS[norm] / 2)
+    attack = AutoAttack(version=version, steps=8, queries=40, eot_iter=2)
+    whole = attack(model, images, labels, threat)
+    assert 0 < int(whole.success.sum()) < len(images)
+    for name, member in attack.members(norm).items():
+        alone = member(model, images, labels, threat)
+        # In `rand` a member alone draws other starts than as a later member: one image may go either way.
+        assert int(whole.success.sum()) >= int(alone.success.sum()) - (version == "rand"), name
+
+
+@pytest.mark.parametrize("kind", ["uniform", "gaussian"])
+@pytest.mark.parametrize("norm", list(Norm))
+def test_noise_is_weak_and_keeps_to_the_budget(kind: str, norm: Norm) -> None:
+    model = curved()
+    images, labels = batch(model, 64)
+    images = images * 0.6 + 0.2  # room for changes: the box takes little of them
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    threat = ThreatModel(norm=norm, eps=EPS[norm])
+    attacked = Noise(kind=kind)(model, images, labels, threat)
+    assert float(attacked.distance.max()) <= EPS[norm] + threat.slack
+    assert float(attacked.distance.min()) > 0.9 * EPS[norm]
+    if norm is Norm.L0:
+        assert attacked.distance.tolist() == [3.0] * len(images)
+    else:
+        strong = APGD(steps=20)(model, images, labels, threat)
+        assert int(attacked.success.sum()) < int(strong.success.sum()) / 2
+
+
+def test_more_draws_of_noise_never_lose_an_image() -> None:
+    model: nn.Module = curved()
+    images, labels = batch(model, 64)
+    threat = ThreatModel(norm="linf", eps=0.2)
+    one, many = (Noise(draws=k)(model, images, labels, threat) for k in (1, 20))
+    assert bool((many.success | ~one.success).all())
+    assert int(many.success.sum()) > int(one.success.sum())
+    assert bool((many.forward_passes <= 21).all())
