@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-import platform
 import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import Callback
 from torch import Tensor
@@ -29,16 +25,14 @@ from src.data.base import ImageDataModule
 from src.defenses.base import DefendedModel
 from src.errors import UserError
 from src.keys import content_key, source_digest
-from src.records import Record, wilson
+from src.outcome import Table, to_record, to_sidecar
+from src.records import Record
 from src.stages import Stages
 from src.threat import Access, ThreatModel
 
 log = logging.getLogger(__name__)
 
-PICTURES = 8  # examples kept beside a record
 LOOKED_AT = 32  # first images among which the examples are chosen
-
-Table = dict[str, Tensor]  # one row an image of the test split, in its order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +122,7 @@ class Bench:
             attack=self._attack_parts(threat),
             access=access,
             draws=self._draws,
-            source=source_digest(type(self.subject.defended), Collect, Bench),
+            source=source_digest(type(self.subject.defended), Collect, Bench, to_record),
         )
 
     @property
@@ -156,53 +150,25 @@ class Bench:
     def _measure(self, key: str, threat: ThreatModel, access: Access) -> tuple[Record, dict[str, Any]]:
         started = time.perf_counter()
         clean = self._clean
-        label = clean["label"]
-        attack = self._attacked(threat, access)
+        made = self._attacked(threat, access)
         # Images made on another model than the defended one are shown to it now; others have met it already.
         elsewhere = access in (Access.GRAY_BOX, Access.TRANSFER) and not (self.bare and access is Access.GRAY_BOX)
-        seen = self._shown(attack["image"]) if elsewhere else attack
-        right, held = clean["defended"] == label, seen["prediction"] == label
-        turned = attack["success"] if threat.targeted else right & attack["attempted"] & ~held
-        low, high = wilson(int(held.sum()), len(label))
-        worked = attack.get("found", attack["attempted"])
-        on_bare = (attack["prediction"] == label) if access is Access.GRAY_BOX else None
-        record = Record(
+        seen = self._shown(made["image"]) if elsewhere else made
+        outcome = {"clean": clean, "made": made, "seen": seen}
+        record = to_record(
+            self.job,
+            **outcome,
+            threat=threat,
+            access=access,
             key=key,
             **asdict(self.names),
-            norm=threat.norm,
-            eps=threat.eps,
-            access=access,
-            seed=self.job.seed,
-            targeted=threat.targeted,
-            n=len(label),
-            correct_bare=int((clean["bare"] == label).sum()),
-            correct_defended=int(right.sum()),
-            correct_attacked=int(held.sum()),
-            correct_attacked_bare=None if on_bare is None else int(on_bare.sum()),
-            clean_accuracy=float((clean["bare"] == label).double().mean()),
-            clean_accuracy_defended=float(right.double().mean()),
-            robust_accuracy=float(held.double().mean()),
-            robust_accuracy_low=low,
-            robust_accuracy_high=high,
-            robust_accuracy_bare=None if on_bare is None else float(on_bare.double().mean()),
-            attack_success_rate=_share(turned, right & attack["attempted"]),
-            distance_median=_over(attack["distance"], worked, "median"),
-            distance_max=_over(attack["distance"], worked, "amax"),
-            forward_passes=_over(attack["forward_passes"], attack["attempted"], "mean"),
-            backward_passes=_over(attack["backward_passes"], attack["attempted"], "mean"),
-            attack_ms_per_image=_over(attack["attack_seconds"] * 1e3, attack["attempted"], "mean"),
-            defense_ms_per_image=float(clean["seconds"].mean() * 1e3),
             stages=self.keys,
-            config=self.job.model_dump(mode="json"),
-            versions={name: version(name) for name in ("torch", "pytorch-lightning", "hydra-core", "numpy")},
-            host=platform.node(),
-            device=str(self.job.trainer.get("accelerator", "auto")),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_seconds=round(time.perf_counter() - started, 3),
         )
         log.info("%s %s eps %.4g %s: robust accuracy %.4f (n=%d)", self.names.defense, self.names.attack,
                  threat.eps, access, record.robust_accuracy, record.n)  # fmt: skip
-        return record, self._sidecar(clean, seen, attack)
+        subject, classes = self.subject, self.data.spec.classes
+        return record, to_sidecar(self.job, classes, subject.classifier, subject.defended, **outcome)
 
     @cached_property
     def _clean(self) -> Table:
@@ -272,35 +238,6 @@ class Bench:
                 keep=keep,
             )
 
-    @torch.no_grad()
-    def _sidecar(self, clean: Table, seen: Table, attack: Table) -> dict[str, Any]:
-        """Verdicts of every image, and a few pictures, so that figures need no model."""
-        # Right before the attack with and without the defense: gray_box and white_box then show the same images.
-        right = (clean["bare"] == clean["label"]) & (clean["defended"] == clean["label"])
-        chosen = right[: len(seen["clean"])].nonzero().flatten()[:PICTURES]
-        before, after = seen["clean"][chosen], seen["image"][chosen]
-        torch.manual_seed(self.job.seed)
-        defended = self.subject.defended
-        pictures = {
-            "clean": before,
-            "adversarial": after,
-            "purified_clean": defended.purified(before),
-            "purified": defended.purified(after),
-            "picture_label": clean["label"][chosen],
-            "picture_clean_prediction": clean["defended"][chosen],
-            "picture_prediction": seen["prediction"][chosen],
-            "picture_bare_prediction": self.subject.classifier(after).argmax(dim=1),
-        }
-        verdicts = {
-            "index": clean["index"],
-            "label": clean["label"],
-            "clean_prediction": clean["defended"],
-            "prediction": seen["prediction"],
-            **{name: attack[name] for name in ("attempted", "distance", "forward_passes", "backward_passes")},
-        }
-        names = np.array(self.data.spec.classes, dtype=np.str_)
-        return {"class_names": names} | {name: value.numpy() for name, value in (pictures | verdicts).items()}
-
 
 def _within(table: Table, threat: ThreatModel) -> Table:
     """Of a minimal-norm attack's images those within eps; the others count as unchanged, so their label stands.
@@ -314,12 +251,3 @@ def _within(table: Table, threat: ThreatModel) -> Table:
         "success": table["success"] & ~beyond,
         "found": table["success"],
     }
-
-
-def _share(part: Tensor, whole: Tensor) -> float | None:
-    return float(part.sum() / whole.sum()) if bool(whole.any()) else None
-
-
-def _over(values: Tensor, mask: Tensor, how: str) -> float | None:
-    """A figure over the images the attack worked on; None when there are none."""
-    return float(getattr(values[mask].double(), how)()) if bool(mask.any()) else None

@@ -1,0 +1,118 @@
+"""From verdicts to a record: what was counted, and the few pictures kept beside it."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.config import Job
+from src.defenses.base import DefendedModel
+from src.records import Record, wilson
+from src.threat import Access, ThreatModel
+
+PICTURES = 8  # examples kept beside a record
+
+Table = dict[str, Tensor]  # one row an image of the test split, in its order
+
+
+def to_record(
+    job: Job, *, clean: Table, made: Table, seen: Table, threat: ThreatModel, access: Access, **known: Any
+) -> Record:
+    """Count.
+
+    Args:
+        clean: ``label``, and the classes that the ``bare`` and the ``defended`` model give the clean images.
+        made: verdicts and costs of the attack, on the model it was aimed at.
+        seen: what the defended model makes of the attacked images; the same table when that was its target.
+        known: further fields of the record: names, keys, time.
+    """
+    label = clean["label"]
+    right, held = clean["defended"] == label, seen["prediction"] == label
+    turned = made["success"] if threat.targeted else right & made["attempted"] & ~held
+    low, high = wilson(int(held.sum()), len(label))
+    worked = made.get("found", made["attempted"])
+    on_bare = (made["prediction"] == label) if access is Access.GRAY_BOX else None
+    return Record(
+        **known,
+        norm=threat.norm,
+        eps=threat.eps,
+        access=access,
+        seed=job.seed,
+        targeted=threat.targeted,
+        n=len(label),
+        correct_bare=int((clean["bare"] == label).sum()),
+        correct_defended=int(right.sum()),
+        correct_attacked=int(held.sum()),
+        correct_attacked_bare=None if on_bare is None else int(on_bare.sum()),
+        clean_accuracy=float((clean["bare"] == label).double().mean()),
+        clean_accuracy_defended=float(right.double().mean()),
+        robust_accuracy=float(held.double().mean()),
+        robust_accuracy_low=low,
+        robust_accuracy_high=high,
+        robust_accuracy_bare=None if on_bare is None else float(on_bare.double().mean()),
+        attack_success_rate=_share(turned, right & made["attempted"]),
+        distance_median=_over(made["distance"], worked, "median"),
+        distance_max=_over(made["distance"], worked, "amax"),
+        forward_passes=_over(made["forward_passes"], made["attempted"], "mean"),
+        backward_passes=_over(made["backward_passes"], made["attempted"], "mean"),
+        attack_ms_per_image=_over(made["attack_seconds"] * 1e3, made["attempted"], "mean"),
+        defense_ms_per_image=float(clean["seconds"].mean() * 1e3),
+        config=job.model_dump(mode="json"),
+        versions={name: version(name) for name in ("torch", "pytorch-lightning", "hydra-core", "numpy")},
+        host=platform.node(),
+        device=str(job.trainer.get("accelerator", "auto")),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+@torch.no_grad()
+def to_sidecar(
+    job: Job,
+    classes: tuple[str, ...],
+    classifier: torch.nn.Module,
+    defended: DefendedModel,
+    *,
+    clean: Table,
+    made: Table,
+    seen: Table,
+) -> dict[str, Any]:
+    """Verdicts of every image, and a few pictures, so that figures need no model."""
+    # Right before the attack with and without the defense: gray_box and white_box then show the same images.
+    right = (clean["bare"] == clean["label"]) & (clean["defended"] == clean["label"])
+    chosen = right[: len(seen["clean"])].nonzero().flatten()[:PICTURES]
+    before, after = seen["clean"][chosen], seen["image"][chosen]
+    torch.manual_seed(job.seed)
+    pictures = {
+        "clean": before,
+        "adversarial": after,
+        "purified_clean": defended.purified(before),
+        "purified": defended.purified(after),
+        "picture_label": clean["label"][chosen],
+        "picture_clean_prediction": clean["defended"][chosen],
+        "picture_prediction": seen["prediction"][chosen],
+        "picture_bare_prediction": classifier(after).argmax(dim=1),
+    }
+    verdicts = {
+        "index": clean["index"],
+        "label": clean["label"],
+        "clean_prediction": clean["defended"],
+        "prediction": seen["prediction"],
+        **{name: made[name] for name in ("attempted", "distance", "forward_passes", "backward_passes")},
+    }
+    names = np.array(classes, dtype=np.str_)
+    return {"class_names": names} | {name: value.numpy() for name, value in (pictures | verdicts).items()}
+
+
+def _share(part: Tensor, whole: Tensor) -> float | None:
+    return float(part.sum() / whole.sum()) if bool(whole.any()) else None
+
+
+def _over(values: Tensor, mask: Tensor, how: str) -> float | None:
+    """A figure over the images the attack worked on; None when there are none."""
+    return float(getattr(values[mask].double(), how)()) if bool(mask.any()) else None
