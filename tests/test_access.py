@@ -59,3 +59,34 @@ def test_8_bit_verdicts(command: Command, tmp_path: Path) -> None:
             levels = arrays["adversarial"] * 255
             np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
         assert record.distance_max <= 0.1 + 1e-6
+
+
+def test_a_minimal_attack_answers_every_eps_from_one_search(command: Command, tmp_path: Path) -> None:
+    small = [item for item in SMALL if not item.startswith("attack.steps")]
+    radii = (0.2, 0.8, 3.0)
+    outcome = ok(
+        command(*small, "attack=deepfool", "threat=l2", f"threat.eps=[{','.join(map(str, radii))}]", "defense=vae")
+    )
+    found = records.find(outcome.runs())
+    assert len(found) == 6
+    for access in ("gray_box", "white_box"):
+        accuracies = [record.robust_accuracy for record in found if record.access == access]
+        assert accuracies == sorted(accuracies, reverse=True)
+    gray = [record for record in found if record.access == "gray_box"]
+    assert gray[0].robust_accuracy_bare > gray[2].robust_accuracy_bare
+    assert len({record.distance_median for record in gray}) == 1  # the search's, whatever eps
+    assert len(list(tmp_path.glob("artifacts/examples/[!.]*"))) == 2  # one on the classifier, one on the defense
+
+
+def test_black_box_asks_the_defended_model_for_scores_only(command: Command) -> None:
+    small = [item for item in SMALL if not item.startswith("attack.steps")]
+    outcome = ok(
+        command(
+            *small, "attack=square", "attack.queries=100", "threat.eps=0.3", "defense=feature_squeezing",
+            "threat.access=[black_box,gray_box]",
+        )
+    )  # fmt: skip
+    found = by_access(outcome)
+    assert found["black_box"].backward_passes == 0
+    assert found["black_box"].forward_passes <= 100 + 3
+    assert found["black_box"].robust_accuracy < found["black_box"].clean_accuracy_defended

@@ -68,9 +68,11 @@ class Query:
             )
         if not bool(torch.isfinite(logits).all()):
             raise UserError("the model returned NaN or infinite logits: it cannot be attacked; check its weights")
-        if len(logits) and float(logits.logsumexp(dim=1).abs().max()) < 1e-4 and float(logits.max()) <= 0:
+        if not len(logits) or getattr(self.model, "log_probabilities", False):
+            return logits
+        if float(logits.logsumexp(dim=1).abs().max()) < 1e-4 and float(logits.max()) <= 0:
             _warn_once("the model seems to return log-probabilities; logits make stronger attacks")
-        elif len(logits) and float((logits.sum(dim=1) - 1).abs().max()) < 1e-4 and float(logits.min()) >= 0:
+        elif float((logits.sum(dim=1) - 1).abs().max()) < 1e-4 and float(logits.min()) >= 0:
             _warn_once("the model seems to return probabilities; return logits, or gradients vanish")
         return logits
 

@@ -116,6 +116,8 @@ class DefendedModel(LightningModule):
 
 
 class _Adaptive(nn.Module):
+    log_probabilities = True  # on purpose, where it averages: no need to warn of it
+
     def __init__(self, defended: DefendedModel, draws: int) -> None:
         super().__init__()
         self.defended = defended
