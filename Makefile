@@ -44,7 +44,7 @@ peers: $(PEERS)/.ready  ## Build .venv-peers: ours and the other attack librarie
 
 $(PEERS)/.ready: requirements-peers.txt $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)
-	@printf 'setuptools<81\n' > $(PEERS)/build.txt
+	@printf 'setuptools<81\n' > $(PEERS)/build.txt  # a dependency of adv-lib still builds with pkg_resources
 	$(BIN)/uv pip sync --quiet --python $(PEERS)/bin/python --build-constraints $(PEERS)/build.txt requirements-peers.txt
 	@touch $(PEERS)/.ready
 
@@ -58,7 +58,8 @@ bench: bench-train bench-parity bench-attacks  ## All benchmarks
 
 pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproject.toml
 	$(COMPILE) --output-file requirements.txt
-	$(COMPILE) --group peers --constraints requirements.txt --output-file requirements-peers.txt
+	@printf 'setuptools<81\n' > $(VENV)/build.txt
+	$(COMPILE) --group peers --constraints requirements.txt --build-constraints $(VENV)/build.txt --output-file requirements-peers.txt
 
 clean:  ## Remove the environment and caches (never outputs, artifacts or data)
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
