@@ -27,9 +27,9 @@ class PGD(Attack):
         steps: gradient steps of one start.
         step: length of a step in [0, 1] pixel units; None: ``relative_step * eps / steps``.
         relative_step: reach of all steps together, in radii. 2.5 is the choice of Madry's CIFAR-10 challenge.
-        random_start: begin at a random point of the ball instead of the image itself: linf uniform; l2 and l1 uniform in
-            length, since a point drawn by volume lies on the surface of so many dimensions, from where the steps have
-            to undo it first.
+        random_start: begin at a random point of the ball instead of the image itself: linf uniform; l2 and l1
+            uniform in length, since a point drawn by volume lies on the surface of so many dimensions, from where the
+            steps have to undo it first.
         restarts: starts per image; each goes only to the images that no earlier start has turned.
         loss: ``ce`` cross-entropy, ``dlr`` difference of logits ratio, ``margin`` (Carlini-Wagner).
         momentum: share of the previous direction kept; 1.0 is MI-FGSM.
