@@ -210,8 +210,7 @@ def evaluate(
         RuntimeError: an image was counted twice or not at all.
     """
     collect = Collect(path=path, expected=len(data.test), seed=seed, keep=keep or {})
-    extra = [callback for callback in callbacks if callback is not None]
-    run = trainer(config, callbacks=[*extra, collect], logger=False, enable_checkpointing=False)
+    run = trainer(config, callbacks=[*callbacks, collect], logger=False, enable_checkpointing=False)
     with _interruptible():
         run.test(module, datamodule=data, verbose=False)
     return torch.load(path, weights_only=True)

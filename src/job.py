@@ -110,9 +110,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            f"no space left on the device of {error.filename or 'paths.artifacts'}: free some, or set paths.artifacts"
-        )
+        return f"no space left on the device ({error.filename or 'no file named'}): free some, or set paths.artifacts"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{error.filename}: not writable; set paths.artifacts and hydra.run.dir to folders you can write to"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

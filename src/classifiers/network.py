@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from src.errors import UserError
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A classifier network: ``forward(images)`` gives logits, ``features(images)`` what the last layer sees.
 
     An author sets ``self.head`` and writes :meth:`features`, which starts with ``self.normalise(images)``.
@@ -70,9 +71,9 @@ class Network(nn.Module):
         """Zero mean and unit spread per channel."""
         return (images - self.mean) / self.std
 
+    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """The representation ``(B, D)`` that the head classifies."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, num_classes)``."""
