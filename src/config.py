@@ -22,7 +22,7 @@ from src.recipe import Recipe
 from src.threat import Access, Norm, parse_eps_list
 
 # Filled in from the dataset's spec and the stages, never typed by a user.
-FROM_PIPELINE = frozenset({"channels", "size", "num_classes", "mean", "std"})
+FROM_PIPELINE = frozenset({"channels", "size", "num_classes", "mean", "std", "classifier", "fresh", "parts"})
 
 
 class Strict(BaseModel):
@@ -49,11 +49,16 @@ class Paths(Strict):
 
 
 class TrainedOn(Strict):
-    """The attack whose images a defense learns from, made on the bare classifier."""
+    """The attack whose images a defense learns from."""
 
     attack: dict[str, Any]
     norm: str
     eps: Any  # largest radius; null: the largest of the dataset's own for that norm
+    target: typing.Literal["classifier", "itself"] = (
+        "classifier"  # what is attacked: the bare classifier or the defense
+    )
+    radius: typing.Literal["drawn", "full"] = "drawn"  # drawn: each batch has its own, up to eps
+    validation: dict[str, Any] | None = None  # another attack for the validation images; null: the same
 
 
 class Trained(Strict):
@@ -63,6 +68,7 @@ class Trained(Strict):
     checkpoint: str | None = None  # weights of one's own instead of training
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # classifiers only
     trained_on: TrainedOn | None = None
+    parts: dict[str, dict[str, Any]] | None = None  # of a chain: each as it would stand under `defense`
 
 
 def split(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], Trained]:
@@ -120,10 +126,7 @@ def parse(cfg: DictConfig) -> Job:
     for group in ("classifier", "defense", "surrogate"):
         if getattr(job, group) is None:
             continue
-        node, trained = split(getattr(job, group), group)
-        check(node, group)
-        if trained.trained_on:
-            check(trained.trained_on.attack, f"{group}.trained_on.attack")
+        _check_trained(getattr(job, group), group)
     build(job.attack, "attack").check(job.norm, targeted=job.threat.targeted)
     if Access.TRANSFER in job.access and job.surrogate is None:
         raise UserError(
@@ -133,6 +136,17 @@ def parse(cfg: DictConfig) -> Job:
     for name, callback in job.callbacks.items():
         check(callback, f"callbacks.{name}")
     return job
+
+
+def _check_trained(choice: Mapping[str, Any], key: str) -> None:
+    node, trained = split(choice, key)
+    check(node, key)
+    if trained.trained_on:
+        check(trained.trained_on.attack, f"{key}.trained_on.attack")
+        if trained.trained_on.validation:
+            check(trained.trained_on.validation, f"{key}.trained_on.validation")
+    for name, part in (trained.parts or {}).items():
+        _check_trained(part, f"{key}.parts.{name}")
 
 
 def check(node: object, key: str) -> None:
@@ -146,9 +160,14 @@ def build(node: Mapping[str, Any], key: str, **given: Any) -> Any:
     """Make the object that ``node`` describes; ``given`` adds what the pipeline knows, where the class asks for it."""
     target = locate(node, key)
     arguments = _arguments(target, node, key)
-    accepted = _parameters(target)
-    arguments.update({name: value for name, value in given.items() if name in accepted})
+    arguments.update({name: given[name] for name in asked(node, key) if name in given})
     return target(**arguments)
+
+
+def asked(node: Mapping[str, Any], key: str) -> list[str]:
+    """What the class of a node takes from the pipeline: an argument with a default is the user's."""
+    parameters = _parameters(locate(node, key))
+    return [name for name, parameter in parameters.items() if name not in FROM_PIPELINE or _given(parameter)]
 
 
 def locate(node: Mapping[str, Any], key: str) -> Any:

@@ -21,8 +21,9 @@ from src.callbacks.attack_callback import AttackCallback, Replay
 from src.callbacks.collect import Collect
 from src.classifiers.module import Classifier
 from src.config import Job, build
+from src.data.augment import to_float
 from src.data.base import ImageDataModule
-from src.defenses.base import DefendedModel
+from src.defenses.guarded import DefendedModel
 from src.errors import UserError
 from src.keys import content_key, source_digest
 from src.outcome import Table, to_record, to_sidecar
@@ -32,6 +33,7 @@ from src.threat import Access, ThreatModel
 
 log = logging.getLogger(__name__)
 
+CERTIFIED_AT = [0.25 * step for step in range(13)]  # l2 radii of the certified curve
 LOOKED_AT = 32  # first images among which the examples are chosen
 
 
@@ -162,6 +164,7 @@ class Bench:
             access=access,
             key=key,
             **asdict(self.names),
+            **self._certified,
             stages=self.keys,
             wall_seconds=round(time.perf_counter() - started, 3),
         )
@@ -175,8 +178,33 @@ class Bench:
         """Clean predictions of the bare classifier and of the defended model."""
         defended = self._test(self.subject.defended)
         bare = defended if self.bare else self._test(self.subject.classifier)
-        columns = {name: defended[name] for name in ("index", "label", "seconds")}
-        return columns | {"bare": bare["prediction"], "defended": defended["prediction"]}
+        return defended | {"bare": bare["prediction"], "defended": defended["prediction"]}
+
+    @cached_property
+    def _certified(self) -> dict[str, Any]:
+        """What the defense proves of the first test images, whatever attacks them."""
+        defended = self.subject.defended
+        certify = defended.certify
+        if certify is None:
+            return {}
+        count = min(defended.certify_images, len(self.data.test))
+        parts = {**self.keys, "count": count, "seed": self.job.seed, "source": source_digest(type(defended))}
+
+        @torch.no_grad()
+        def make(folder: Path) -> None:
+            torch.manual_seed(self.job.seed)
+            radii, left = [], count
+            for batch in self.data.test_dataloader():
+                radii.append(certify(to_float(batch["image"][:left]), batch["label"][:left]).cpu())
+                left -= len(radii[-1])
+                if not left:
+                    break
+            torch.save(torch.cat(radii), folder / "radius.pt")
+
+        folder = self.stages.make("certificate", content_key(**parts), what="certificate", build=make, about=parts)
+        radius = torch.load(folder / "radius.pt", weights_only=True)
+        curve = {f"{r:g}": float((radius >= r).double().mean()) for r in CERTIFIED_AT}
+        return {"certified_n": count, "certified": curve}
 
     def _attacked(self, threat: ThreatModel, access: Access) -> Table:
         """Attacked images of every test image with the attack's verdicts, made by what ``access`` allows."""
@@ -248,6 +276,9 @@ def _within(table: Table, threat: ThreatModel) -> Table:
     return table | {
         "image": torch.where(beyond.view(-1, 1, 1, 1), table["clean"], table["image"]),
         "prediction": torch.where(beyond, table["label"], table["prediction"]),
+        # Beyond eps nothing is shown, so nothing is rejected.
+        **({"behind": torch.where(beyond, table["label"], table["behind"])} if "behind" in table else {}),
+        **({"rejected": table["rejected"] & ~beyond} if "rejected" in table else {}),
         "success": table["success"] & ~beyond,
         "found": table["success"],
     }

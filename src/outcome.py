@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
 
 from src.config import Job
-from src.defenses.base import DefendedModel
+from src.defenses.guarded import DefendedModel
 from src.records import Record, wilson
 from src.threat import Access, ThreatModel
 
@@ -34,12 +35,17 @@ def to_record(
     """
     label = clean["label"]
     right, held = clean["defended"] == label, seen["prediction"] == label
+    detection = _detection(clean, seen, right) if "behind" in seen else {}
+    # A rejected image does no harm, but a system that rejects the clean image already has not held.
+    if "behind" in seen:
+        held |= right & seen["rejected"]
     turned = made["success"] if threat.targeted else right & made["attempted"] & ~held
     low, high = wilson(int(held.sum()), len(label))
     worked = made.get("found", made["attempted"])
     on_bare = (made["prediction"] == label) if access is Access.GRAY_BOX else None
     return Record(
         **known,
+        **detection,
         norm=threat.norm,
         eps=threat.eps,
         access=access,
@@ -107,6 +113,28 @@ def to_sidecar(
     }
     names = np.array(classes, dtype=np.str_)
     return {"class_names": names} | {name: value.numpy() for name, value in (pictures | verdicts).items()}
+
+
+def _detection(clean: Table, seen: Table, right: Tensor) -> dict[str, float | None]:
+    """How well attacked images are told from clean ones: over those that the classifier behind would get wrong.
+
+    ROC AUC is against all clean test images.
+    """
+    wrong = right & (seen["behind"] != seen["label"])
+    accepted_wrong = ~seen["rejected"] & (seen["behind"] != seen["label"])
+    found: dict[str, float | None] = {
+        "clean_rejected": float(clean["rejected"].double().mean()),
+        "accepted_wrong": float(accepted_wrong.double().mean()),
+    }
+    if bool(wrong.any()):
+        scores = torch.cat([clean["suspicion"], seen["suspicion"][wrong]])
+        attacked = torch.cat([torch.zeros(len(right)), torch.ones(int(wrong.sum()))]).long()
+        ranks = torch.unique(scores, return_inverse=True)[
+            1
+        ].double()  # AUC knows the order only, torchmetrics wants [0, 1]
+        found["detection_auc"] = float(binary_auroc(ranks / len(scores), attacked))
+        found["detection_tpr"] = float(seen["rejected"][wrong].double().mean())
+    return found
 
 
 def _share(part: Tensor, whole: Tensor) -> float | None:

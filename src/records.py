@@ -60,8 +60,14 @@ class Record(BaseModel):
     backward_passes: float | None = None
     attack_ms_per_image: float | None = None
     defense_ms_per_image: float | None = None  # the defended model's forward pass
-    detection_auc: float | None = None  # where the defense detects
-    detection_tpr: float | None = None  # at the frozen false-positive rate
+    # Where the defense detects; a detected image counts as held, one whose clean version is rejected does not.
+    clean_rejected: float | None = None  # share of the clean images
+    accepted_wrong: float | None = None  # share of the attacked images, of all n
+    detection_auc: float | None = None  # attacked images that the classifier behind gets wrong against clean ones
+    detection_tpr: float | None = None  # share of those images that is rejected, at the frozen threshold
+    # Where the defense certifies: share of the first certified_n images right and certified at each l2 radius.
+    certified_n: int | None = None
+    certified: dict[str, float] | None = None
     flags: list[str] = Field(default_factory=list)  # sanity checks that were raised
 
     stages: dict[str, str] = Field(default_factory=dict)  # kind of stage → its content key

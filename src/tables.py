@@ -38,7 +38,8 @@ _SCHEMA = (
     ("str", "variant"),
     (
         "float64",
-        "robust_accuracy_bare distance_max forward_passes backward_passes detection_auc detection_tpr",
+        "robust_accuracy_bare distance_max forward_passes backward_passes "
+        "detection_auc detection_tpr clean_rejected accepted_wrong",
     ),
 )
 _DTYPES = {name: dtype for dtype, names in _SCHEMA for name in names.split()}

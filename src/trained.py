@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule
+from torch import Tensor
 
 from src import fit
 from src.callbacks.attack_callback import AttackCallback
 from src.classifiers.module import Classifier
-from src.config import Job, Trained, build, split
+from src.config import Job, Trained, asked, build, split
 from src.data import augment, loaders
+from src.data.augment import to_float
 from src.data.base import ImageDataModule
-from src.defenses.base import DefendedModel, Defense
+from src.defenses.base import Defense
+from src.defenses.guarded import DefendedModel
 from src.errors import UserError
 from src.keys import content_key, file_digest, source_digest
 from src.recipe import Recipe
@@ -53,10 +56,14 @@ class Workshop:
         kind = str(self.job.surrogate["_target_"]).rsplit(".", 1)[-1]
         return self._classifier(self.job.surrogate, "surrogate", f"surrogate {kind}", self.job.seed + 1)
 
+    def _network(self, choice: dict[str, Any], group: str) -> torch.nn.Module:
+        network: torch.nn.Module = build(split(choice, group)[0], group, **self.shape)
+        return network
+
     def _classifier(self, choice: dict[str, Any], group: str, what: str, seed: int) -> tuple[Classifier, str]:
         node, trained = split(choice, group)
         torch.manual_seed(seed)  # the first weights
-        network = build(node, group, **self.shape)
+        network = self._network(choice, group)
         smoothing = trained.label_smoothing
         module = Classifier(network=network, num_classes=self.data.spec.num_classes, label_smoothing=smoothing)
         if trained.checkpoint is not None:
@@ -68,40 +75,100 @@ class Workshop:
         return module, self._trained("classifier", module, trained.fit, what, about, seed=seed)
 
     def defense(self, name: str, classifier: Classifier, classifier_key: str) -> tuple[DefendedModel, str]:
-        """The classifier behind the trained defense of the config, and the defense's key."""
-        node, trained = split(self.job.defense, "defense")
+        """The classifier behind the trained defense of the config, with frozen thresholds, and the defense's key."""
+        module, key = self._defense(self.job.defense, "defense", name, classifier, classifier_key)
+        defended = module.guard(classifier).eval()
+        if defended.rejects:
+            key = content_key(defense=key, thresholds=self._thresholds(defended, key, classifier_key))
+        return defended, key
+
+    def _defense(
+        self, choice: dict[str, Any], group: str, name: str, classifier: Classifier, classifier_key: str
+    ) -> tuple[Defense, str]:
+        node, trained = split(choice, group)
+        if trained.parts is not None:
+            made = [
+                self._defense(part, f"{group}.parts.{label}", f"{name}: {label}", classifier, classifier_key)
+                for label, part in trained.parts.items()
+            ]
+            chain: Defense = build(node, group, parts=[part for part, _ in made])
+            return chain, content_key(node=node, parts=[key for _, key in made], source=source_digest(type(chain)))
         torch.manual_seed(self.job.seed)
-        module: Defense = build(node, "defense", **self.shape)
+        facts = {"classifier": classifier, "fresh": lambda: self._network(self.job.classifier, "classifier")}
+        module: Defense = build(node, group, **self.shape, **facts)
         about: dict[str, Any] = {"node": node}
+        wanted = asked(node, group)
+        if "classifier" in wanted:
+            about["classifier"] = classifier_key
+        if "fresh" in wanted:
+            about["fresh"] = split(self.job.classifier, "classifier")[0]
         if trained.checkpoint is not None:
-            key = self._own_weights(module, Path(trained.checkpoint), "defense.checkpoint")
-        elif trained.fit is None:
-            key = content_key(**about, source=source_digest(type(module)))
-        else:
-            callbacks = self._trained_on(trained, classifier, classifier_key, about)
-            what = f"defense {name} on {self.data.spec.name}"
-            key = self._trained("defense", module, trained.fit, what, about, callbacks)
-        return module.guard(classifier).eval(), key
+            return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint")
+        if trained.fit is None:
+            return module, content_key(**about, source=source_digest(type(module)))
+        callbacks = self._trained_on(trained, group, classifier, classifier_key, about)
+        what = f"defense {name} on {self.data.spec.name}"
+        return module, self._trained("defense", module, trained.fit, what, about, callbacks)
 
     def _trained_on(
-        self, trained: Trained, classifier: Classifier, classifier_key: str, about: dict[str, Any]
+        self, trained: Trained, group: str, classifier: Classifier, classifier_key: str, about: dict[str, Any]
     ) -> list[Callback]:
         """The attack a defense learns from, if its config names one."""
         source = trained.trained_on
         if source is None:
             return []
+        assert trained.fit is not None
         norm = Norm.parse(source.norm)
-        eps = max(self.data.spec.eps[norm]) if source.eps is None else parse_eps(source.eps, "defense.trained_on.eps")
-        attack = build(source.attack, "defense.trained_on.attack")
+        eps = max(self.data.spec.eps[norm]) if source.eps is None else parse_eps(source.eps, f"{group}.trained_on.eps")
+        attack = build(source.attack, f"{group}.trained_on.attack")
+        judge = build(source.validation, f"{group}.trained_on.validation") if source.validation else attack
+        itself = source.target == "itself"
         about["trained_on"] = {
-            "attack": source.attack,
-            "source": source_digest(type(attack), ThreatModel, AttackCallback, within="src.attacks"),
+            **source.model_dump(),
+            "source": source_digest(type(attack), type(judge), ThreatModel, AttackCallback, within="src.attacks"),
             "norm": norm,
             "eps": eps,
-            "classifier": classifier_key,
+            "classifier": None if itself else classifier_key,
         }
-        threat = ThreatModel(norm=norm, eps=eps, exhaust=True)
-        return [AttackCallback(attack=attack, threat=threat, target=classifier, seed=self.job.seed)]
+        return [
+            AttackCallback(
+                attack=attack,
+                threat=ThreatModel(norm=norm, eps=eps, exhaust=True),
+                target=None if itself else classifier,
+                seed=self.job.seed,
+                search=torch.bfloat16 if trained.fit.precision == "bf16-mixed" else torch.float32,
+                draw_radius=source.radius == "drawn",
+                validation=judge,
+            )
+        ]
+
+    def _thresholds(self, defended: DefendedModel, defense_key: str, classifier_key: str) -> str:
+        """Thresholds of what the defense detects, from clean validation images; the key of that stage."""
+        about = {
+            "defense": defense_key,
+            "classifier": classifier_key,
+            "fpr": defended.fpr,
+            "fixed": [each.threshold for each in defended.detections],
+            "data": self.data.train_fingerprint,
+            "source": source_digest(type(defended), loaders),
+        }
+
+        @torch.no_grad()
+        def scored(folder: Path) -> None:
+            self.data.configure(batch_size=self.job.eval_batch_size, augment=False)
+            torch.manual_seed(self.job.seed)
+            scores = [defended.scores(to_float(batch["image"])) for batch in self.data.val_dataloader()]
+            if not scores:
+                raise UserError(
+                    "dataset.validation=0: a detector's threshold is set on clean validation images; give it a share"
+                )
+            torch.save(defended.set_thresholds(torch.cat(scores)), folder / "thresholds.pt")
+
+        key = content_key(**about)
+        folder = self.stages.make("thresholds", key, what="thresholds of the detector", build=scored, about=about)
+        frozen: dict[str, Tensor] = torch.load(folder / "thresholds.pt", weights_only=True)
+        defended.frozen = frozen
+        return key
 
     def _trained(
         self,

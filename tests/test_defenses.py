@@ -23,11 +23,18 @@ DEFENSES = choices("defense")
 def make(name: str, channels: int = 1, side: int = 8) -> Defense:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[f"defense={name}"])
-    node, _ = split(OmegaConf.to_container(cfg.defense), "defense")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        shape = {"channels": channels, "size": (side, side), "num_classes": 2, "mean": (0.5,), "std": (0.5,)}
-        return build(node, "defense", **shape).eval()
+        return _built(OmegaConf.to_container(cfg.defense), channels, side).eval()
+
+
+def _built(choice: dict, channels: int, side: int) -> Defense:
+    node, trained = split(choice, "defense")
+    if trained.parts:
+        return build(node, "defense", parts=[_built(part, channels, side) for part in trained.parts.values()])
+    shape = {"channels": channels, "size": (side, side), "num_classes": 2, "mean": (0.5,), "std": (0.5,)}
+    bare = Linear(channels, side)
+    return build(node, "defense", **shape, classifier=bare, fresh=lambda: Linear(channels, side))
 
 
 def images(channels: int = 1, side: int = 8) -> torch.Tensor:

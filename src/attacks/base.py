@@ -89,6 +89,7 @@ class Attack(ABC):
         # A batch made under Lightning's inference mode can never carry gradients; a copy made outside can.
         with torch.inference_mode(False), torch.enable_grad(), _untouched(model, images.device, generator):
             query = Query(model, len(images), images.device, search)
+            query.goal = labels
             images = images.detach().clone()
             logits = query.verdict(images)
             if len(images) and int(labels.max()) >= logits.shape[1]:
@@ -96,6 +97,7 @@ class Attack(ABC):
             result, prediction = images.clone(), logits.argmax(dim=1)
             attempted = prediction == labels
             goal = _targets(labels, logits.shape[1], generator, target) if threat.targeted else labels
+            query.goal, query.targeted = goal, threat.targeted
             todo = attempted.nonzero().flatten()
             if threat.eps > 0 and len(todo):
                 result[todo], prediction[todo] = self._search(query, images, goal, threat, generator, todo)
@@ -110,6 +112,30 @@ class Attack(ABC):
             forward_passes=query.forward_passes,
             backward_passes=query.backward_passes,
         )
+
+    @final
+    def perturb(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        threat: ThreatModel,
+        *,
+        generator: torch.Generator,
+        search: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Images to learn from ``(B, C, H, W)``: all are attacked, also those misclassified, and none is judged.
+
+        The arguments are those of a call; ``threat`` must not be targeted.
+        """
+        self.check(threat.norm)
+        if threat.eps == 0:
+            return images
+        with torch.inference_mode(False), torch.enable_grad(), _untouched(model, images.device, generator):
+            query = Query(model, len(images), images.device, search)
+            query.goal = labels
+            images = images.detach().clone()
+            return self.run(query, images, labels, threat, generator=generator).detach().to(images.dtype)
 
     def _search(
         self,

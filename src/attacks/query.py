@@ -22,6 +22,10 @@ class Query:
         images: how many images the batch has.
         device: where they are.
         search: precision of the forward pass when called; :meth:`verdict` is in float32 always.
+
+    A model with ``rejects`` has a last column that is the largest where it refuses an image. That column is folded into
+    the class that must not win, so that an attack that knows of classes only has to evade rejection as well: into the
+    label to leave, or, when targeted, into every class but the wanted one.
     """
 
     def __init__(
@@ -31,6 +35,9 @@ class Query:
         self.search = search
         self.forward_passes = torch.zeros(images, dtype=torch.int64)
         self.backward_passes = torch.zeros(images, dtype=torch.int64)
+        self.rejects = bool(getattr(model, "rejects", False))
+        self.goal: Tensor | None = None  # class of each image to leave, or to reach when `targeted`
+        self.targeted = False
         self._rows: Tensor | None = None  # None: all of them, in order
 
     def of(self, rows: Tensor, search: torch.dtype | None = None) -> Query:
@@ -38,6 +45,7 @@ class Query:
         view = Query.__new__(Query)
         view.model, view.search = self.model, search or self.search
         view.forward_passes, view.backward_passes = self.forward_passes, self.backward_passes
+        view.rejects, view.goal, view.targeted = self.rejects, self.goal, self.targeted
         rows = rows.cpu()
         view._rows = self._all()[rows]
         return view
@@ -54,7 +62,7 @@ class Query:
         self._count(self.forward_passes, len(x))
         if logits.requires_grad:
             logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
-        return logits.float()
+        return self._folded(logits.float())
 
     @torch.no_grad()
     def verdict(self, x: Tensor) -> Tensor:
@@ -68,6 +76,7 @@ class Query:
             )
         if not bool(torch.isfinite(logits).all()):
             raise UserError("the model returned NaN or infinite logits: it cannot be attacked; check its weights")
+        logits = self._folded(logits)
         if not len(logits) or getattr(self.model, "log_probabilities", False):
             return logits
         if float(logits.logsumexp(dim=1).abs().max()) < 1e-4 and float(logits.max()) <= 0:
@@ -75,6 +84,17 @@ class Query:
         elif float((logits.sum(dim=1) - 1).abs().max()) < 1e-4 and float(logits.min()) >= 0:
             _warn_once("the model seems to return probabilities; return logits, or gradients vanish")
         return logits
+
+    def _folded(self, logits: Tensor) -> Tensor:
+        if not self.rejects or not len(logits):
+            return logits[:, :-1] if self.rejects else logits
+        assert self.goal is not None
+        classes, refusal = logits[:, :-1], logits[:, -1:]
+        goal = self.goal if self._rows is None else self.goal[self._rows.to(self.goal.device)]
+        goal = goal.repeat(len(logits) // len(goal))[:, None]
+        if self.targeted:
+            return torch.maximum(classes, refusal).scatter(1, goal, classes.gather(1, goal))
+        return classes.scatter(1, goal, torch.maximum(classes.gather(1, goal), refusal))
 
     def _count_backward(self, slope: Tensor) -> None:
         self._count(self.backward_passes, len(slope))

@@ -23,10 +23,12 @@ class AttackCallback(Callback):
     first two entries are images and labels.
 
     Args:
-        attack: what attacks.
-        threat: norm and radius. At fit each batch gets a radius drawn uniformly up to it, so that the module learns
-            every strength; at test the radius is the threat's.
+        attack: what attacks. At fit it takes every image, at test those that are right.
+        threat: norm and radius.
         target: the model under attack; None: the module itself.
+        draw_radius: at fit each batch gets a radius drawn uniformly up to the threat's, so that the module learns every
+            strength; at test the radius is the threat's.
+        validation: another attack for the batches that a training is judged by.
         search: precision of the model inside the search; verdicts are in float32.
         seed: with the position of a batch's first image it decides all randomness of the attack on that batch, so
             that any number of devices makes the same images.
@@ -40,8 +42,12 @@ class AttackCallback(Callback):
         target: nn.Module | None = None,
         seed: int = 0,
         search: torch.dtype = torch.float32,
+        draw_radius: bool = True,
+        validation: Attack | None = None,
     ) -> None:
         self.attack = attack
+        self.validation = validation or attack
+        self.draw_radius = draw_radius
         self.threat = threat
         self.target = target
         self.seed = seed
@@ -53,7 +59,7 @@ class AttackCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         seed = seed_of(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        self._replace(pl_module, batch, seed, draw_radius=True)
+        self._perturb(self.attack, pl_module, batch, seed)
 
     def on_validation_batch_start(
         self,
@@ -64,7 +70,7 @@ class AttackCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         # The same radii and images every epoch: epochs are compared by this figure.
-        self._replace(pl_module, batch, seed_of(self.seed, batch_idx, trainer.global_rank), draw_radius=True)
+        self._perturb(self.validation, pl_module, batch, seed_of(self.seed, batch_idx, trainer.global_rank))
 
     def on_test_batch_start(
         self,
@@ -75,28 +81,27 @@ class AttackCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         first = int(batch["index"][0]) if isinstance(batch, dict) and "index" in batch else batch_idx
-        self._replace(pl_module, batch, seed_of(self.seed, first), draw_radius=False)
-
-    def _replace(self, pl_module: LightningModule, batch: Any, seed: int, *, draw_radius: bool) -> None:
-        if not isinstance(batch, dict | list):
-            raise UserError(
-                f"batches are {type(batch).__name__}; an attack needs a dict with image and label, or a list"
-            )
-        image: Any = "image" if isinstance(batch, dict) else 0
-        label: Any = "label" if isinstance(batch, dict) else 1
-        generator = torch.Generator().manual_seed(seed)
-        threat = self.threat
-        if draw_radius:
-            threat = dataclasses.replace(threat, eps=threat.eps * float(torch.rand((), generator=generator)))
-        clean = batch[image]
+        image, label = _keys(batch)
+        clean, generator = batch[image], torch.Generator().manual_seed(seed_of(self.seed, first))
         started = time.perf_counter()
         model = self.target or pl_module
-        attacked = self.attack(model, clean, batch[label], threat, generator=generator, search=self.search)
+        attacked = self.attack(model, clean, batch[label], self.threat, generator=generator, search=self.search)
         seconds = time.perf_counter() - started
         batch[image] = attacked.images
         if isinstance(batch, dict):
             batch["clean"] = clean
             batch["verdict"] = _verdict(attacked, seconds)
+
+    def _perturb(self, attack: Attack, pl_module: LightningModule, batch: Any, seed: int) -> None:
+        """Images to learn from: no verdict is needed of them."""
+        image, label = _keys(batch)
+        clean, generator, threat = batch[image], torch.Generator().manual_seed(seed), self.threat
+        if self.draw_radius:
+            threat = dataclasses.replace(threat, eps=threat.eps * float(torch.rand((), generator=generator)))
+        model = self.target or pl_module
+        batch[image] = attack.perturb(model, clean, batch[label], threat, generator=generator, search=self.search)
+        if isinstance(batch, dict):
+            batch["clean"] = clean
 
 
 class Replay(Callback):
@@ -115,6 +120,15 @@ class Replay(Callback):
     ) -> None:
         batch["clean"] = batch["image"]
         batch["image"] = self.images[batch["index"].cpu()].to(batch["image"].device)
+
+
+def _keys(batch: Any) -> tuple[Any, Any]:
+    """Where a batch has its images and labels."""
+    if isinstance(batch, dict):
+        return "image", "label"
+    if isinstance(batch, list):
+        return 0, 1
+    raise UserError(f"batches are {type(batch).__name__}; an attack needs a dict with image and label, or a list")
 
 
 def _verdict(attacked: Attacked, seconds: float) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from src.keys import seed_of
 class Collect(Callback):
     """Writes one tensor a column, in the order of the split, to ``path``.
 
-    Columns: ``index``, ``label``, ``prediction``, ``seconds`` (per image, of the module's forward pass), what an
-    attack said of the image, and the image tensors named in ``keep``.
+    Columns: ``index``, ``label``, ``seconds`` (per image, of the module's forward pass), what the module's
+    ``test_step`` returned (``prediction`` and more), what an attack said of the image, and the image tensors named in
+    ``keep``.
     """
 
     def __init__(self, *, path: Path, expected: int, seed: int, keep: Mapping[str, int | None]) -> None:
@@ -52,14 +53,15 @@ class Collect(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        prediction = outputs["prediction"].cpu()
-        seconds = (time.perf_counter() - self._started) / len(prediction)
+        told = {name: value.cpu() for name, value in outputs.items()}
+        count = len(batch["index"])
+        seconds = (time.perf_counter() - self._started) / count
         part = {
             "index": batch["index"].cpu(),
             "label": batch["label"].cpu(),
-            "prediction": prediction,
-            "seconds": torch.full((len(prediction),), seconds, dtype=torch.float64),
+            "seconds": torch.full((count,), seconds, dtype=torch.float64),
         }
+        part |= told
         part |= {name: value.cpu() for name, value in batch.get("verdict", {}).items()}
         self.parts.append(part)
         for name, most in self.keep.items():

@@ -2,32 +2,40 @@
 
 A defense of one's own is a class in ``src/defenses/{purify,harden,detect}/x.py`` and its ``conf/defense/x.yaml``. It
 declares how gradients pass through it; the adaptive (white_box) attack is derived from that declaration.
+
+Facts of the data and models come to a class that asks for them by a keyword without default: ``channels``, ``size``,
+``num_classes``, ``mean``, ``std``; ``classifier``, the trained bare classifier; ``fresh``, a callable that makes an
+untrained network of the classifier's kind.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
+import torch.nn.functional as F
+from pydantic import Field
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from src.defenses.guarded import DefendedModel, Detection, Gradient, answers
 from src.recipe import Recipe
 
-Gradient = Literal["exact", "bpda", "none"]
-ImageMap = Callable[[Tensor], Tensor]
+Fresh = Callable[[], nn.Module]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Defense(LightningModule, ABC):
     """Base of all defenses. A trained one writes ``training_step`` and ``validation_step`` (logging ``val_loss``).
 
+    A training batch is a dict with ``image`` and ``label``; where the config names an attack in ``trained_on``,
+    ``image`` is attacked and ``clean`` holds what it was.
+
     Attributes:
         gradient: how the white_box attacker differentiates through it. ``exact``: autograd is true. ``bpda``: the
-            backward pass is replaced by that of :meth:`surrogate` (Athalye et al. 2018,
-            https://arxiv.org/abs/1802.00420). ``none``: no gradient, score-based attacks only.
+            backward pass is replaced (Athalye et al. 2018, https://arxiv.org/abs/1802.00420). ``none``: no gradient,
+            score-based attacks only.
         stochastic: the output varies from call to call, so the attacker averages over draws (EOT).
         monitor: validation figure that chooses the checkpoint, and whether more (``max``) or less is better.
     """
@@ -47,7 +55,13 @@ class Defense(LightningModule, ABC):
 
 
 class Purifier(Defense):
-    """A defense that changes the input: authors write :meth:`purify`."""
+    """A defense that changes the input: authors write :meth:`purify`.
+
+    Attributes:
+        votes: answers of a stochastic purifier of which the majority is given.
+    """
+
+    votes: int = 1
 
     @abstractmethod
     def purify(self, images: Tensor) -> Tensor:
@@ -65,82 +79,77 @@ class Purifier(Defense):
             surrogate=self.surrogate,
             gradient=self.gradient,
             stochastic=self.stochastic,
+            votes=self.votes,
         )
 
 
-class DefendedModel(LightningModule):
-    """A classifier behind a defense: images in [0, 1] → logits.
+class Harden(Defense):
+    """A defense that is a new classifier, trained to hold: authors write :meth:`loss`, or the steps themselves.
 
     Args:
-        classifier: the network that decides in the end.
-        defense: kept so that its weights move and switch mode with this module.
-        purify: what happens to the images before the classifier sees them; None: nothing.
-        surrogate: differentiable stand-in for ``purify`` when ``gradient`` is ``bpda``.
+        fresh: makes an untrained network of the bare classifier's kind.
     """
 
-    def __init__(
-        self,
-        *,
-        classifier: nn.Module,
-        defense: nn.Module | None = None,
-        purify: ImageMap | None = None,
-        surrogate: ImageMap | None = None,
-        gradient: Gradient = "exact",
-        stochastic: bool = False,
-    ) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.defense = defense
-        self._purify = purify
-        self._surrogate = surrogate
-        self.gradient = gradient
-        self.stochastic = stochastic
+    monitor = ("val_accuracy", "max")
 
-    def purified(self, images: Tensor) -> Tensor:
-        """What the classifier gets to see."""
-        return images if self._purify is None else self._purify(images)
+    def __init__(self, *, fresh: Fresh) -> None:
+        super().__init__()
+        self.network = fresh()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.purified(images))
+        """Logits of the new classifier."""
+        return self.network(images)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return {"prediction": self(batch["image"]).argmax(dim=1)}
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """What a training step lowers: the cross-entropy of the images as they come, attacked or not."""
+        return F.cross_entropy(self(batch["image"]).float(), batch["label"])
 
-    def adaptive(self, draws: int) -> nn.Module:
-        """The model that a white_box attacker differentiates: through the defense, as its declaration says.
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
 
-        Args:
-            draws: passes averaged when the defense is stochastic (EOT, Athalye et al. 2018).
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accuracy on the images as they come: under attack where the config names one to train on."""
+        for name in ("image", "clean"):
+            if name in batch:
+                right = (self(batch[name]).argmax(dim=1) == batch["label"]).float().mean()
+                told = "val_accuracy" if name == "image" else "val_accuracy_clean"
+                self.log(told, right, batch_size=len(batch["label"]), sync_dist=True, prog_bar=True)
+
+    def guard(self, classifier: nn.Module) -> DefendedModel:
+        return DefendedModel(classifier=self.network, defense=self)
+
+
+class Detector(Defense):
+    """A defense that flags the input: authors write :meth:`score`.
+
+    Args:
+        fpr: share of clean validation images that are rejected; the threshold is frozen there.
+        threshold: a fixed threshold instead.
+    """
+
+    def __init__(self, *, fpr: Share = 0.05, threshold: float | None = None) -> None:
+        super().__init__()
+        self.fpr = fpr
+        self.threshold = threshold
+
+    @abstractmethod
+    def score(self, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
+        """How suspicious each image is, ``(B,)``, higher for attacked ones. ``classify`` gives the bare logits.
+
+        An attacker differentiates it as it stands; where that leads nowhere, take :func:`src.defenses.guarded.bpda`
+        and declare ``gradient="bpda"``.
         """
-        return _Adaptive(self, draws if self.stochastic else 1)
 
-
-class _Adaptive(nn.Module):
-    log_probabilities = True  # on purpose, where it averages: no need to warn of it
-
-    def __init__(self, defended: DefendedModel, draws: int) -> None:
-        super().__init__()
-        self.defended = defended
-        self.draws = draws
-
-    def forward(self, images: Tensor) -> Tensor:
-        batch = images.repeat(self.draws, 1, 1, 1)
-        logits = self.defended.classifier(self._purified(batch))
-        if self.draws == 1:
-            return logits
-        # The log of the mean probability: what the defense answers on average, and the draws that still hold weigh
-        # most in its gradient. Taken over log-probabilities so that a confident draw does not underflow.
-        each = logits.float().log_softmax(dim=1).unflatten(0, (self.draws, len(images)))
-        return each.logsumexp(dim=0) - math.log(self.draws)
-
-    def _purified(self, images: Tensor) -> Tensor:
-        defended = self.defended
-        if defended.gradient == "exact" or not torch.is_grad_enabled():
-            return defended.purified(images)
-        with torch.no_grad():
-            value = defended.purified(images)
-        if defended.gradient == "none":
-            return value
-        assert defended._surrogate is not None
-        stand_in = defended._surrogate(images)
-        return stand_in + (value - stand_in).detach()
+    def guard(self, classifier: nn.Module) -> DefendedModel:
+        classify = answers(classifier)
+        detection = Detection(score=lambda images: self.score(images, classify), threshold=self.threshold)
+        return DefendedModel(
+            classifier=classifier,
+            defense=self,
+            gradient=self.gradient,
+            stochastic=self.stochastic,
+            detections=[detection],
+            fpr=self.fpr,
+        )

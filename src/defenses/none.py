@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from src.defenses.base import DefendedModel, Defense
+from src.defenses.base import Defense
+from src.defenses.guarded import DefendedModel
 
 
 class NoDefense(Defense):
