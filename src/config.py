@@ -22,7 +22,7 @@ from src.recipe import Recipe
 from src.threat import Access, Norm, parse_eps_list
 
 # Filled in from the dataset's spec and the stages, never typed by a user.
-FROM_PIPELINE = frozenset({"channels", "size", "num_classes", "mean", "std", "classifier", "fresh", "parts"})
+FROM_PIPELINE = frozenset({"channels", "size", "num_classes", "mean", "std", "patches", "classifier", "fresh", "parts"})
 
 
 class Strict(BaseModel):
@@ -51,7 +51,7 @@ class Paths(Strict):
 class TrainedOn(Strict):
     """The attack whose images a defense learns from."""
 
-    attack: dict[str, Any]
+    attack: dict[str, Any] | None = None  # null: the defense makes its own images; `validation` judges them
     norm: str
     eps: Any  # largest radius; null: the largest of the dataset's own for that norm
     target: typing.Literal["classifier", "itself"] = (
@@ -59,6 +59,7 @@ class TrainedOn(Strict):
     )
     radius: typing.Literal["drawn", "full"] = "drawn"  # drawn: each batch has its own, up to eps
     validation: dict[str, Any] | None = None  # another attack for the validation images; null: the same
+    warmup: float = Field(0.0, ge=0, lt=1)  # share of the training in which the radius grows from 0
 
 
 class Trained(Strict):
@@ -142,9 +143,9 @@ def _check_trained(choice: Mapping[str, Any], key: str) -> None:
     node, trained = split(choice, key)
     check(node, key)
     if trained.trained_on:
-        check(trained.trained_on.attack, f"{key}.trained_on.attack")
-        if trained.trained_on.validation:
-            check(trained.trained_on.validation, f"{key}.trained_on.validation")
+        for name in ("attack", "validation"):
+            if (attack := getattr(trained.trained_on, name)) is not None:
+                check(attack, f"{key}.trained_on.{name}")
     for name, part in (trained.parts or {}).items():
         _check_trained(part, f"{key}.parts.{name}")
 

@@ -71,6 +71,7 @@ class Bench:
         precision = job.search_precision or ("32-true" if self.attack.minimal else trained)
         self.search = torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
         self._check_access()
+        self._common = list(stages.used)  # what every cell was made from
 
     def cell(self, eps: float, access: Access, folder: Path) -> Record:
         """The record of a cell, found in the cache or measured; a copy with its pictures lands in ``folder``."""
@@ -151,6 +152,7 @@ class Bench:
 
     def _measure(self, key: str, threat: ThreatModel, access: Access) -> tuple[Record, dict[str, Any]]:
         started = time.perf_counter()
+        self.stages.used.clear()
         clean = self._clean
         made = self._attacked(threat, access)
         # Images made on another model than the defended one are shown to it now; others have met it already.
@@ -166,6 +168,8 @@ class Bench:
             **asdict(self.names),
             **self._certified,
             stages=self.keys,
+            uses=sorted({*self._common, *self.stages.used}),
+            flags=self._skipped(access),
             wall_seconds=round(time.perf_counter() - started, 3),
         )
         log.info("%s %s eps %.4g %s: robust accuracy %.4f (n=%d)", self.names.defense, self.names.attack,
@@ -179,6 +183,14 @@ class Bench:
         defended = self._test(self.subject.defended)
         bare = defended if self.bare else self._test(self.subject.classifier)
         return defended | {"bare": bare["prediction"], "defended": defended["prediction"]}
+
+    def _skipped(self, access: Access) -> list[str]:
+        """Says of an ensemble that not all of it could be used."""
+        closed = self.subject.defended.gradient == "none" if access is Access.WHITE_BOX else access is Access.BLACK_BOX
+        members = getattr(self.attack, "members", None)
+        if not closed or not isinstance(members, dict):
+            return []
+        return [f"no_gradient_{name}_left_out" for name, each in members.items() if each.needs == "gradient"]
 
     @cached_property
     def _certified(self) -> dict[str, Any]:
@@ -201,7 +213,9 @@ class Bench:
                     break
             torch.save(torch.cat(radii), folder / "radius.pt")
 
-        folder = self.stages.make("certificate", content_key(**parts), what="certificate", build=make, about=parts)
+        key = content_key(**parts)
+        self._common.append(key)
+        folder = self.stages.make("certificate", key, what="certificate", build=make, about=parts)
         radius = torch.load(folder / "radius.pt", weights_only=True)
         curve = {f"{r:g}": float((radius >= r).double().mean()) for r in CERTIFIED_AT}
         return {"certified_n": count, "certified": curve}
@@ -224,7 +238,7 @@ class Bench:
 
     def _target(self, access: Access) -> torch.nn.Module:
         defended = self.subject.defended
-        return defended.adaptive(self.job.eot_draws) if access is Access.WHITE_BOX else defended
+        return defended.adaptive(self.job.eot_draws) if access is Access.WHITE_BOX else defended.closed()
 
     def _callback(self, threat: ThreatModel, target: torch.nn.Module | None = None) -> AttackCallback:
         return AttackCallback(attack=self.attack, threat=threat, target=target, seed=self.job.seed, search=self.search)

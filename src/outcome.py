@@ -38,8 +38,10 @@ def to_record(
     detection = _detection(clean, seen, right) if "behind" in seen else {}
     # A rejected image does no harm, but a system that rejects the clean image already has not held.
     if "behind" in seen:
-        held |= right & seen["rejected"]
-    turned = made["success"] if threat.targeted else right & made["attempted"] & ~held
+        held = right & (held | seen["rejected"])
+    turned = right & made["attempted"] & ~held
+    if threat.targeted:  # reached on the attacked model, and by the defended one's answer as well
+        turned &= made["success"] & (seen["prediction"] == made["prediction"])
     low, high = wilson(int(held.sum()), len(label))
     worked = made.get("found", made["attempted"])
     on_bare = (made["prediction"] == label) if access is Access.GRAY_BOX else None
@@ -111,7 +113,7 @@ def to_sidecar(
         "prediction": seen["prediction"],
         **{name: made[name] for name in ("attempted", "distance", "forward_passes", "backward_passes")},
     }
-    names = np.array(classes, dtype=np.str_)
+    names = np.array([*classes, "rejected"] if defended.rejects else classes, dtype=np.str_)
     return {"class_names": names} | {name: value.numpy() for name, value in (pictures | verdicts).items()}
 
 
@@ -129,9 +131,8 @@ def _detection(clean: Table, seen: Table, right: Tensor) -> dict[str, float | No
     if bool(wrong.any()):
         scores = torch.cat([clean["suspicion"], seen["suspicion"][wrong]])
         attacked = torch.cat([torch.zeros(len(right)), torch.ones(int(wrong.sum()))]).long()
-        ranks = torch.unique(scores, return_inverse=True)[
-            1
-        ].double()  # AUC knows the order only, torchmetrics wants [0, 1]
+        # The order is all that AUC knows of, and torchmetrics wants scores in [0, 1].
+        ranks = torch.unique(scores, return_inverse=True)[1].double()
         found["detection_auc"] = float(binary_auroc(ranks / len(scores), attacked))
         found["detection_tpr"] = float(seen["rejected"][wrong].double().mean())
     return found

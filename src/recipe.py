@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule
+    from torch import nn
 
 
 class Recipe(BaseModel):
@@ -28,8 +28,13 @@ class Recipe(BaseModel):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     channels_last: bool
 
-    def optimizers(self, module: LightningModule) -> dict[str, Any]:
-        """What ``configure_optimizers`` returns: the optimiser and a schedule stepped once a batch."""
+    def optimizers(self, module: nn.Module, *, steps: int | None = None) -> dict[str, Any]:
+        """What ``configure_optimizers`` returns: the optimiser and a schedule stepped once a batch.
+
+        Args:
+            module: a LightningModule, or a part of one.
+            steps: how often the schedule is stepped; None: once for each batch of ``module.trainer``.
+        """
         import torch
         from torch.optim import lr_scheduler
 
@@ -46,7 +51,9 @@ class Recipe(BaseModel):
             optimizer = kind(groups, lr=self.lr)
         if self.schedule == "none":
             return {"optimizer": optimizer}
-        steps = int(module.trainer.estimated_stepping_batches)
+        if steps is None:
+            trainer: Any = module.trainer
+            steps = int(trainer.estimated_stepping_batches)
         schedule: lr_scheduler.LRScheduler
         if self.schedule == "cosine":
             schedule = lr_scheduler.CosineAnnealingLR(optimizer, steps)

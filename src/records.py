@@ -71,6 +71,7 @@ class Record(BaseModel):
     flags: list[str] = Field(default_factory=list)  # sanity checks that were raised
 
     stages: dict[str, str] = Field(default_factory=dict)  # kind of stage → its content key
+    uses: list[str] = Field(default_factory=list)  # keys of all stages that the cell was made from
     config: dict[str, Any] = Field(default_factory=dict)  # the resolved config of the cell
     versions: dict[str, str] = Field(default_factory=dict)
     host: str = ""

@@ -29,6 +29,7 @@ class Stages:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.used: list[str] = []  # keys of the stages that were found or made
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -50,6 +51,7 @@ class Stages:
             about: written to ``meta.json``: what the key was made of, for people and tools.
         """
         final = self.root / kind / key
+        self.used.append(key)
         final.parent.mkdir(parents=True, exist_ok=True)
         with self._locked(final.parent / f".{key}.lock", what):
             if self._intact(final):
@@ -104,3 +106,11 @@ def clear(folder: Path, *patterns: str) -> None:
     for pattern in patterns:
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from src.overview import main
+
+    sys.exit(main())

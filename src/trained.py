@@ -13,6 +13,7 @@ from torch import Tensor
 from src import fit
 from src.callbacks.attack_callback import AttackCallback
 from src.classifiers.module import Classifier
+from src.classifiers.whitening import patch_covariance
 from src.config import Job, Trained, asked, build, split
 from src.data import augment, loaders
 from src.data.augment import to_float
@@ -57,7 +58,11 @@ class Workshop:
         return self._classifier(self.job.surrogate, "surrogate", f"surrogate {kind}", self.job.seed + 1)
 
     def _network(self, choice: dict[str, Any], group: str) -> torch.nn.Module:
-        network: torch.nn.Module = build(split(choice, group)[0], group, **self.shape)
+        node, facts = split(choice, group)[0], self.shape
+        if "patches" in asked(node, group):
+            spec, some = self.data.spec, to_float(self.data.train.batch(_spread(len(self.data.train)))["image"])
+            facts = {**facts, "patches": patch_covariance(some, spec.mean, spec.std)}
+        network: torch.nn.Module = build(node, group, **facts)
         return network
 
     def _classifier(self, choice: dict[str, Any], group: str, what: str, seed: int) -> tuple[Classifier, str]:
@@ -105,13 +110,19 @@ class Workshop:
         if trained.checkpoint is not None:
             return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint")
         if trained.fit is None:
-            return module, content_key(**about, source=source_digest(type(module)))
-        callbacks = self._trained_on(trained, group, classifier, classifier_key, about)
+            return module, content_key(**about, source=source_digest(type(module), within="src.defenses"))
+        callbacks = self._trained_on(trained, group, module, classifier, classifier_key, about)
         what = f"defense {name} on {self.data.spec.name}"
         return module, self._trained("defense", module, trained.fit, what, about, callbacks)
 
     def _trained_on(
-        self, trained: Trained, group: str, classifier: Classifier, classifier_key: str, about: dict[str, Any]
+        self,
+        trained: Trained,
+        group: str,
+        module: Defense,
+        classifier: Classifier,
+        classifier_key: str,
+        about: dict[str, Any],
     ) -> list[Callback]:
         """The attack a defense learns from, if its config names one."""
         source = trained.trained_on
@@ -120,9 +131,15 @@ class Workshop:
         assert trained.fit is not None
         norm = Norm.parse(source.norm)
         eps = max(self.data.spec.eps[norm]) if source.eps is None else parse_eps(source.eps, f"{group}.trained_on.eps")
-        attack = build(source.attack, f"{group}.trained_on.attack")
+        attack = build(source.attack, f"{group}.trained_on.attack") if source.attack else None
         judge = build(source.validation, f"{group}.trained_on.validation") if source.validation else attack
+        if judge is None:
+            raise UserError(
+                f"{group}.trained_on.validation: missing; where trained_on.attack is null, an attack has to judge what "
+                "is learnt. Use /attack@trained_on.validation: pgd"
+            )
         itself = source.target == "itself"
+        module.threat = ThreatModel(norm=norm, eps=eps, exhaust=True)
         about["trained_on"] = {
             **source.model_dump(),
             "source": source_digest(type(attack), type(judge), ThreatModel, AttackCallback, within="src.attacks"),
@@ -133,12 +150,13 @@ class Workshop:
         return [
             AttackCallback(
                 attack=attack,
-                threat=ThreatModel(norm=norm, eps=eps, exhaust=True),
+                threat=module.threat,
                 target=None if itself else classifier,
                 seed=self.job.seed,
                 search=torch.bfloat16 if trained.fit.precision == "bf16-mixed" else torch.float32,
                 draw_radius=source.radius == "drawn",
                 validation=judge,
+                warmup=source.warmup,
             )
         ]
 
@@ -150,7 +168,9 @@ class Workshop:
             "fpr": defended.fpr,
             "fixed": [each.threshold for each in defended.detections],
             "data": self.data.train_fingerprint,
-            "source": source_digest(type(defended), loaders),
+            "choice": self.job.defense,  # weights of one's own do not say what else was chosen
+            "seed": self.job.seed,
+            "source": source_digest(*_networks(defended), loaders, within="src.defenses"),
         }
 
         @torch.no_grad()
@@ -220,6 +240,11 @@ class Workshop:
         load_weights(module, path, f"{key}={path}")
         module.eval()
         return f"own-{file_digest(path)[:16]}"
+
+
+def _spread(count: int, most: int = 5000) -> list[int]:
+    """Positions all over a split, which may be in order of class."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
 
 
 def load_weights(module: torch.nn.Module, path: Path, where: str) -> None:

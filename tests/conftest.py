@@ -69,8 +69,11 @@ class Linear(torch.nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x.flatten(1))
+        return self.layer(self.features(x))
 
 
 @pytest.fixture

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from src import records
-from tests.conftest import Outcome
+from src.attacks.pgd import PGD
+from src.attacks.square import Square
+from src.attacks.worst_case import WorstCase
+from src.defenses.guarded import DefendedModel
+from src.errors import UserError
+from src.threat import ThreatModel
+from tests.conftest import Linear, Outcome
 from tests.test_pipeline import SMALL, ok
 
 Command = Callable[..., Outcome]
@@ -90,3 +97,29 @@ def test_black_box_asks_the_defended_model_for_scores_only(command: Command) -> 
     assert found["black_box"].backward_passes == 0
     assert found["black_box"].forward_passes <= 100 + 3
     assert found["black_box"].robust_accuracy < found["black_box"].clean_accuracy_defended
+
+
+def test_a_defense_without_gradient_meets_the_members_that_need_none() -> None:
+    """An ensemble spares it the gradient attacks instead of pretending; alone they are refused."""
+    classifier = Linear(side=4)
+    x = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = classifier(x).argmax(1)
+    threat = ThreatModel(norm="linf", eps=0.3)
+    closed = DefendedModel(classifier=classifier, purify=lambda images: images * 1.0, gradient="none").adaptive(1)
+    both = WorstCase(members={"pgd": PGD(steps=3), "square": Square(queries=50)}, all_images=False)
+    alone = WorstCase(members={"square": Square(queries=50)}, all_images=False)
+    found, expected = both(closed, x, labels, threat), alone(closed, x, labels, threat)
+    assert found.success.any()
+    assert torch.equal(found.images, expected.images)
+    assert not found.backward_passes.any()
+    with pytest.raises(UserError, match="no gradient"):
+        PGD(steps=3)(closed, x, labels, threat)
+
+
+def test_black_box_says_which_members_it_could_not_use(command: Command) -> None:
+    small = ["attack=adaptive", "attack.members.square.queries=20", "threat.eps=0.2", "threat.access=black_box"]
+    common = [argument for argument in SMALL if argument != "attack.steps=5"]
+    (record,) = by_access(ok(command(*common, *small))).values()
+    assert record.flags == ["no_gradient_pgd_left_out"]
+    assert record.backward_passes == 0
+    assert 0 < record.attack_success_rate < 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from src.attacks.apgd import APGD, dlr_pair
 from src.attacks.base import Attack, Attacked
-from src.attacks.gradients import cross_entropy
+from src.attacks.gradients import cross_entropy, dlr, gradient
 from src.attacks.pgd import PGD
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
@@ -173,3 +175,20 @@ def test_gradients_of_a_random_model_are_averaged() -> None:
     attacked = APGD(steps=10, eot_iter=7)(model, images, labels, threat)
     assert attacked.backward_passes.tolist() == [70]
     assert attacked.forward_passes.tolist() == [77 + 2]
+
+
+def test_the_plain_ratio_is_flat_where_the_target_is_third() -> None:
+    """There it is the largest logit minus the third over the same: 1, without a slope. The targeted one has a slope."""
+    model = Linear(classes=5, seed=3)
+    images = torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    query = Query(model, 16, images.device, torch.float32)
+    threat = ThreatModel(norm="linf", eps=0.5, targeted=True)
+    with torch.no_grad():
+        order = model(images).argsort(dim=1, descending=True)
+    third = order[:, 2]
+    _, flat = gradient(query, images, third, threat, dlr)
+    assert float(flat.abs().max()) < 1e-5
+    _, steep = gradient(query, images, third, threat, partial(dlr_pair, other=order[:, 0]))
+    assert float(steep.abs().amax(dim=(1, 2, 3)).min()) > 1e-2
+    attacked = APGD(steps=20, loss="dlr")(model, images, order[:, 0], threat, target=third)
+    assert attacked.success.float().mean() > 0.7

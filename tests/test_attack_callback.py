@@ -11,6 +11,7 @@ from src.attacks.fgsm import FGSM
 from src.attacks.pgd import PGD
 from src.callbacks.attack_callback import AttackCallback
 from src.errors import UserError
+from src.keys import seed_of
 from src.threat import ThreatModel
 from tests.conftest import Linear
 
@@ -78,3 +79,35 @@ def test_a_batch_it_cannot_change_is_refused() -> None:
     callback = AttackCallback(attack=FGSM(), threat=ThreatModel(norm="linf", eps=0.2))
     with pytest.raises(UserError, match="batches are tuple"):
         callback.on_test_batch_start(None, Foreign(), (torch.rand(1, 1, 4, 4), torch.zeros(1)), 0)  # type: ignore[arg-type]
+
+
+def test_training_attacks_every_image_with_the_whole_radius_where_asked() -> None:
+    """At test a misclassified image is left alone; to learn from, it is attacked like any other."""
+    module = Foreign()
+    x = torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    wrong = 1 - module(x).argmax(1)
+    threat = ThreatModel(norm="linf", eps=0.1)
+    callback = AttackCallback(attack=FGSM(), threat=threat, draw_radius=False)
+    batch = {"image": x.clone(), "label": wrong}
+    attack = FGSM()
+    assert not attack(module, x, wrong, threat).attempted.any()
+    callback._perturb(attack, module, batch, seed=0)
+    torch.testing.assert_close((batch["image"] - x).abs().amax(dim=(1, 2, 3)), torch.full((16,), 0.1))
+    assert torch.equal(batch["clean"], x)
+    assert "verdict" not in batch
+
+
+def test_validation_may_have_an_attack_of_its_own() -> None:
+    module, x = Foreign(), torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = module(x).argmax(1)
+    threat = ThreatModel(norm="l2", eps=0.5)
+    callback = AttackCallback(attack=FGSM(), threat=threat, validation=PGD(steps=3), draw_radius=False)
+    trainer = type("T", (), {"global_rank": 0, "current_epoch": 0})()
+    learnt, judged = {"image": x, "label": labels}, {"image": x, "label": labels}
+    callback.on_train_batch_start(trainer, module, learnt, 0)
+    callback.on_validation_batch_start(trainer, module, judged, 0)
+    expected = PGD(steps=3).perturb(
+        module, x, labels, threat, generator=torch.Generator().manual_seed(seed_of(0, 0, 0))
+    )
+    assert torch.equal(judged["image"], expected)
+    assert not torch.equal(learnt["image"], judged["image"])

@@ -21,6 +21,7 @@ from src.config import build
 from src.errors import UserError
 from src.threat import Norm, ThreatModel
 from src.train import CONF
+from tests.conftest import Linear
 from tests.test_apgd import batch, curved
 
 EPS = {Norm.LINF: 0.03, Norm.L2: 0.3, Norm.L1: 3.0, Norm.L0: 3.0}
@@ -93,7 +94,7 @@ def test_wrong_members_are_one_clear_line(members: dict, words: str) -> None:
 def test_worst_case_can_do_what_all_its_members_can() -> None:
     assert WorstCase(members=PLAIN).norms == {Norm.LINF, Norm.L2}
     assert WorstCase(members={"a": Square(), "b": Noise()}).needs == "scores"
-    assert WorstCase(members={"a": Square(), "b": PGD()}).needs == "gradient"
+    assert WorstCase(members={"a": Square(), "b": PGD()}).needs == "scores"  # it spares a closed model the others
     assert not WorstCase(members={"a": Square(), "b": AutoAttack()}).can_target
 
 
@@ -148,6 +149,40 @@ def test_autoattack_is_not_weaker_than_any_member(version: str, norm: Norm) -> N
         alone = member(model, images, labels, threat)
         # In `rand` a member alone draws other starts than as a later member: one image may go either way.
         assert int(whole.success.sum()) >= int(alone.success.sum()) - (version == "rand"), name
+
+
+class Jittery(nn.Module):
+    """A linear classifier whose gradient is drawn anew each time, right only on average; what it answers is exact."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self.core, self.noise = Linear(side=8), noise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        nothing = (x - x.detach()).flatten(1)
+        return self.core(x) + torch.stack([(nothing * self.noise * torch.randn_like(nothing)).sum(1)] * 2, 1).mul(
+            torch.tensor([1.0, -1.0])
+        )
+
+
+@pytest.mark.parametrize("norm", [Norm.LINF, Norm.L2])
+def test_autoattack_rand_averages_the_gradients_of_a_random_model(norm: Norm) -> None:
+    """Images whose exact distance is within eps: with many draws all are turned, with one few."""
+    model = Jittery(noise=4.0)
+    weight = (model.core.layer.weight[0] - model.core.layer.weight[1]).detach()
+    images = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
+    with torch.no_grad():
+        logits = model(images)
+        labels, gap = logits.argmax(dim=1), (logits[:, 0] - logits[:, 1]).abs()
+    distance = gap / torch.linalg.vector_norm(weight, ord=1 if norm is Norm.LINF else 2)
+    eps = float(distance.median())
+    sharp, blunt = (
+        AutoAttack(version="rand", steps=8, eot_iter=draws)(model, images, labels, ThreatModel(norm=norm, eps=eps))
+        for draws in (30, 1)
+    )
+    assert not sharp.success[distance > eps].any()
+    assert sharp.success[distance < 0.85 * eps].all()
+    assert int(blunt.success.sum()) < int(sharp.success.sum())
 
 
 @pytest.mark.parametrize("kind", ["uniform", "gaussian"])

@@ -19,6 +19,7 @@ from src.classifiers.network import Network
 from src.classifiers.resnet18 import ResNet18
 from src.classifiers.torchvision import TorchvisionModel
 from src.classifiers.vgg16_bn import VGG16BN
+from src.classifiers.whitening import Whitening, patch_covariance
 from src.defenses.purify.networks import VAEDecoder, VAEEncoder, build_autoencoder
 from src.errors import UserError
 
@@ -30,6 +31,8 @@ def make(kind: type[Network], channels: int, size: int, **options: Any) -> Netwo
     torch.manual_seed(0)
     if kind is TorchvisionModel:
         options = SMALL | options
+    if kind is CNN6:
+        options = {"patches": torch.eye(4 * channels).tolist()} | options
     return kind(
         channels=channels,
         size=(size, size),
@@ -63,11 +66,12 @@ def test_logits_and_features(kind: type[Network], channels: int, size: int) -> N
 
 @pytest.mark.parametrize("kind", [LeNet, CNN3, CNN6])
 def test_images_need_not_be_square(kind: type[Network]) -> None:
-    network = kind(channels=1, size=(28, 20), num_classes=4, mean=[0.5], std=[0.5])
+    facts = {"patches": torch.eye(4).tolist()} if kind is CNN6 else {}
+    network = kind(channels=1, size=(28, 20), num_classes=4, mean=[0.5], std=[0.5], **facts)
     assert network(torch.rand(2, 1, 28, 20)).shape == (2, 4)
 
 
-@pytest.mark.parametrize(("kind", "smallest"), [(LeNet, 16), (CNN3, 7), (CNN6, 8), (VGG16BN, 32), (ResNet18, 16)])
+@pytest.mark.parametrize(("kind", "smallest"), [(LeNet, 16), (CNN3, 7), (CNN6, 9), (VGG16BN, 32), (ResNet18, 16)])
 def test_the_smallest_size_works_and_one_less_is_refused_in_one_line(kind: type[Network], smallest: int) -> None:
     make(kind, 1, smallest).eval()(torch.rand(1, 1, smallest, smallest))
     with pytest.raises(UserError) as caught:
@@ -326,3 +330,26 @@ def test_vae_gradients_in_bf16_channels_last() -> None:
     for parameter in [*encoder.parameters(), *decoder.parameters()]:
         assert parameter.grad is not None
         assert math.isfinite(float(parameter.grad.sum()))
+
+
+def test_whitening_takes_the_correlation_out() -> None:
+    """Patches of images like those it was made from have unit spread in every component and no correlation."""
+    blurred = torch.nn.functional.avg_pool2d(
+        torch.rand(64, 3, 17, 17, generator=torch.Generator().manual_seed(0)), 2, 1
+    )
+    mean, std = blurred.mean(dim=(0, 2, 3)).tolist(), blurred.std(dim=(0, 2, 3)).tolist()
+    layer = Whitening(patch_covariance(blurred, mean, std), floor=0.0)
+    shift, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+    seen = layer((blurred - shift) / scale)
+    assert seen.shape == (64, 24, 15, 15)
+    torch.testing.assert_close(seen[:, :12], -seen[:, 12:])
+    columns = seen[:, :12].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(columns @ columns.T / columns.shape[1], torch.eye(12), atol=1e-3, rtol=0)
+    assert not list(layer.parameters())
+
+
+def test_cnn6_starts_out_passing_its_input_on() -> None:
+    network = make(CNN6, 3, 32)
+    first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+    x = torch.rand(2, 24, 8, 8)
+    torch.testing.assert_close(first(x)[:, :24], x)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from src.attacks.hop_skip_jump import HopSkipJump
 from src.attacks.one_pixel import OnePixel, _three_others
+from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 from tests.conftest import Linear
 
@@ -58,6 +59,24 @@ def gap(model: Linear, images: Tensor, dual: float) -> Tensor:
 
 def l0(eps: float, *, targeted: bool = False, quantize: bool = False) -> ThreatModel:
     return ThreatModel(norm=Norm.L0, eps=eps, targeted=targeted, quantize=quantize)
+
+
+# -- passes counted by hand
+
+
+def test_passes_that_the_view_does_not_see_can_be_added() -> None:
+    query = Query(Linear(), 5, torch.device("cpu"), torch.float32)
+    some = query.of(torch.tensor([4, 1]))
+    some.add_backward(6)
+    some.add_backward(-2)
+    assert query.backward_passes.tolist() == [0, 2, 0, 0, 2]
+    some.share(5, 1)  # as evenly as whole numbers allow
+    assert query.forward_passes.tolist() == [0, 2, 0, 0, 3]
+    assert query.backward_passes.tolist() == [0, 2, 0, 0, 3]
+    query.of(torch.tensor([], dtype=torch.int64)).share(3, 3)
+    assert int(query.forward_passes.sum()) == 5
+    with pytest.raises(RuntimeError, match="images asked of a view of 2"):
+        some.add_backward(3)
 
 
 # -- one_pixel

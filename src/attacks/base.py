@@ -43,7 +43,7 @@ class Attack(ABC):
 
     Attributes:
         norms: what it can be asked for; anything else is refused.
-        needs: what of the model it looks at: ``gradient``, ``scores`` (logits) or ``labels`` (their argmax).
+        needs: what of the model it cannot do without: ``gradient``, ``scores`` (logits) or ``labels`` (their argmax).
         minimal: searches the smallest change instead of filling a budget, so that one run answers every eps.
         can_target: whether it has a targeted mode.
     """

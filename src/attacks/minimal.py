@@ -56,10 +56,10 @@ def slopes(model: Query, outputs: Tensor, x: Tensor, *, again: bool = False) -> 
     try:
         (result,) = torch.autograd.grad(outputs, x, each, retain_graph=True, is_grads_batched=True)
     except (RuntimeError, NotImplementedError):  # a layer that cannot be batched, such as a hand-written backward
-        model._count(model.backward_passes, -len(x))  # the attempt was counted
+        model.add_backward(-len(x))  # the attempt was counted
         rows = [torch.autograd.grad(outputs, x, row, retain_graph=True)[0] for row in each]
         return torch.stack(rows)
-    model._count(model.backward_passes, (count - 1) * len(x))  # the hook saw one pass
+    model.add_backward((count - 1) * len(x))  # the hook saw one pass
     return result
 
 

@@ -80,7 +80,7 @@ class Peer(Attack):
                     f"attack={self.library}: its {self.name} failed on images {tuple(x.shape)} in {threat.norm} "
                     f"({type(error).__name__}: {_line(error)})"
                 ) from error
-        seen.share_passes(len(x))
+        seen.share_passes()
         return settle(made.detach().to(x), x, threat, bounded=bounded)
 
     @abstractmethod
@@ -154,12 +154,9 @@ class Seen(nn.Module):
         """How many classes the model has; one image is asked."""
         return self(x[:1]).shape[1]
 
-    def share_passes(self, images: int) -> None:
+    def share_passes(self) -> None:
         """Book the passes on the images, as evenly as whole numbers allow."""
-        query = self._ask[0]
-        rows = query._all()
-        for counts, asked in ((query.forward_passes, self.forwards), (query.backward_passes, self.backwards)):
-            counts[rows] += asked // images + (torch.arange(images) < asked % images)
+        self._ask[0].share(self.forwards, self.backwards)
 
 
 def settle(made: Tensor, x: Tensor, threat: ThreatModel, *, bounded: bool) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from src.attacks.apgd import dlr_pair
 from src.attacks.base import Attack, fooled
-from src.attacks.gradients import LOSSES, gradient, steepest
+from src.attacks.gradients import LOSSES, dlr, gradient, steepest
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
@@ -31,7 +33,8 @@ class PGD(Attack):
             uniform in length, since a point drawn by volume lies on the surface of so many dimensions, from where the
             steps have to undo it first.
         restarts: starts per image; each goes only to the images that no earlier start has turned.
-        loss: ``ce`` cross-entropy, ``dlr`` difference of logits ratio, ``margin`` (Carlini-Wagner).
+        loss: ``ce`` cross-entropy, ``dlr`` difference of logits ratio (targeted: the targeted one, as the other is flat
+            where the target's logit is the third largest), ``margin`` (Carlini-Wagner).
         momentum: share of the previous direction kept; 1.0 is MI-FGSM.
         sparsity: l1 only: share of the values that one step moves.
 
@@ -68,16 +71,31 @@ class PGD(Attack):
 
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         result, todo = x.clone(), torch.arange(len(x), device=x.device)
+        label = self._label(model, x, threat)
         for _ in range(self.restarts):
-            images, done = self._ascend(model.of(todo), x[todo], y[todo], threat, generator)
+            own = None if label is None else label[todo]
+            images, done = self._ascend(model.of(todo), x[todo], y[todo], own, threat, generator)
             result[todo] = images
             todo = todo[~done]
             if not len(todo):
                 break
         return result
 
+    def _label(self, model: Query, x: Tensor, threat: ThreatModel) -> Tensor | None:
+        """The classes that the targeted ratio compares the target with: those of the clean images."""
+        if not (threat.targeted and self.loss is dlr):
+            return None
+        with torch.no_grad():
+            return model(x).argmax(dim=1)
+
     def _ascend(
-        self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
+        self,
+        model: Query,
+        x: Tensor,
+        y: Tensor,
+        label: Tensor | None,
+        threat: ThreatModel,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """One start: the images reached ``(B, C, H, W)`` and whether each has met the goal ``(B,)``."""
         step = self.step or self.relative_step * threat.radius(x) / self.steps
@@ -87,7 +105,8 @@ class PGD(Attack):
         trend = torch.zeros_like(x) if self.momentum else None
         left = model
         for _ in range(self.steps):
-            logits, slope = gradient(left, current, y[todo], threat, self.loss)
+            loss = self.loss if label is None else partial(dlr_pair, other=label[todo])
+            logits, slope = gradient(left, current, y[todo], threat, loss)
             hit = fooled(logits, y[todo], threat)
             done[todo] |= hit
             # An image that was turned once and came back keeps the turned version.

@@ -36,6 +36,7 @@ class Query:
         self.forward_passes = torch.zeros(images, dtype=torch.int64)
         self.backward_passes = torch.zeros(images, dtype=torch.int64)
         self.rejects = bool(getattr(model, "rejects", False))
+        self.differentiable = bool(getattr(model, "differentiable", True))
         self.goal: Tensor | None = None  # class of each image to leave, or to reach when `targeted`
         self.targeted = False
         self._rows: Tensor | None = None  # None: all of them, in order
@@ -45,6 +46,7 @@ class Query:
         view = Query.__new__(Query)
         view.model, view.search = self.model, search or self.search
         view.forward_passes, view.backward_passes = self.forward_passes, self.backward_passes
+        view.differentiable = self.differentiable
         view.rejects, view.goal, view.targeted = self.rejects, self.goal, self.targeted
         rows = rows.cpu()
         view._rows = self._all()[rows]
@@ -95,6 +97,20 @@ class Query:
         if self.targeted:
             return torch.maximum(classes, refusal).scatter(1, goal, classes.gather(1, goal))
         return classes.scatter(1, goal, torch.maximum(classes.gather(1, goal), refusal))
+
+    def add_backward(self, asked: int) -> None:
+        """Count backward passes that the model's own hook cannot see: ``asked`` images, in blocks as in a call.
+
+        Negative takes back what was counted for a pass that failed.
+        """
+        self._count(self.backward_passes, asked)
+
+    def share(self, forward: int, backward: int) -> None:
+        """Count passes made past this view, as evenly over its images as whole numbers allow."""
+        rows = self._all()
+        for counts, asked in ((self.forward_passes, forward), (self.backward_passes, backward)):
+            if len(rows):
+                counts[rows] += asked // len(rows) + (torch.arange(len(rows)) < asked % len(rows))
 
     def _count_backward(self, slope: Tensor) -> None:
         self._count(self.backward_passes, len(slope))

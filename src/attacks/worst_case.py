@@ -29,6 +29,8 @@ class WorstCase(Ensemble):
             turned is spared the others, which is faster and gives the same verdicts where members draw no random
             numbers.
 
+    A model that declares that it lets no gradient through (``differentiable`` is false) meets the other members only.
+
     Example::
 
         worst = WorstCase(members={"pgd": PGD(), "square": Square()})
@@ -49,11 +51,11 @@ class WorstCase(Ensemble):
         vars(self).update(  # what one instance can do depends on its members
             norms=frozenset.intersection(*(member.norms for member in all_members)),
             can_target=all(member.can_target for member in all_members),
-            needs=min((member.needs for member in all_members), key=("gradient", "scores", "labels").index),
+            needs=max((member.needs for member in all_members), key=("gradient", "scores", "labels").index),
         )
 
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
-        members = self.members.values()
+        members = [each for each in self.members.values() if model.differentiable or each.needs != "gradient"]
         for member in members:
             member.check(threat.norm, targeted=threat.targeted)
         return self.in_turn(members, model, x, y, threat, generator, all_images=self.all_images)

@@ -23,12 +23,15 @@ class AttackCallback(Callback):
     first two entries are images and labels.
 
     Args:
-        attack: what attacks. At fit it takes every image, at test those that are right.
+        attack: what attacks. At fit it takes every image, at test those that are right. None: the module makes its own
+            images to learn from, and only ``validation`` attacks.
         threat: norm and radius.
         target: the model under attack; None: the module itself.
         draw_radius: at fit each batch gets a radius drawn uniformly up to the threat's, so that the module learns every
             strength; at test the radius is the threat's.
         validation: another attack for the batches that a training is judged by.
+        warmup: share of the training in which the radius grows linearly from 0. A network that meets large radii at
+            once may answer the same class for every image and never leave that.
         search: precision of the model inside the search; verdicts are in float32.
         seed: with the position of a batch's first image it decides all randomness of the attack on that batch, so
             that any number of devices makes the same images.
@@ -37,17 +40,19 @@ class AttackCallback(Callback):
     def __init__(
         self,
         *,
-        attack: Attack,
+        attack: Attack | None,
         threat: ThreatModel,
         target: nn.Module | None = None,
         seed: int = 0,
         search: torch.dtype = torch.float32,
         draw_radius: bool = True,
         validation: Attack | None = None,
+        warmup: float = 0.0,
     ) -> None:
         self.attack = attack
         self.validation = validation or attack
         self.draw_radius = draw_radius
+        self.warmup = warmup
         self.threat = threat
         self.target = target
         self.seed = seed
@@ -59,7 +64,16 @@ class AttackCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         seed = seed_of(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        self._perturb(self.attack, pl_module, batch, seed)
+        if self.attack is not None:
+            self._perturb(self.attack, pl_module, batch, seed, self._grown(trainer, batch_idx))
+
+    def _grown(self, trainer: Trainer, batch_idx: int) -> float:
+        """Share of the radius that this batch gets."""
+        if not self.warmup:
+            return 1.0
+        assert trainer.max_epochs is not None
+        done = (trainer.current_epoch + batch_idx / trainer.num_training_batches) / trainer.max_epochs
+        return min(1.0, done / self.warmup)
 
     def on_validation_batch_start(
         self,
@@ -70,6 +84,7 @@ class AttackCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         # The same radii and images every epoch: epochs are compared by this figure.
+        assert self.validation is not None
         self._perturb(self.validation, pl_module, batch, seed_of(self.seed, batch_idx, trainer.global_rank))
 
     def on_test_batch_start(
@@ -80,6 +95,7 @@ class AttackCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        assert self.attack is not None
         first = int(batch["index"][0]) if isinstance(batch, dict) and "index" in batch else batch_idx
         image, label = _keys(batch)
         clean, generator = batch[image], torch.Generator().manual_seed(seed_of(self.seed, first))
@@ -92,12 +108,14 @@ class AttackCallback(Callback):
             batch["clean"] = clean
             batch["verdict"] = _verdict(attacked, seconds)
 
-    def _perturb(self, attack: Attack, pl_module: LightningModule, batch: Any, seed: int) -> None:
+    def _perturb(self, attack: Attack, pl_module: LightningModule, batch: Any, seed: int, share: float = 1.0) -> None:
         """Images to learn from: no verdict is needed of them."""
         image, label = _keys(batch)
         clean, generator, threat = batch[image], torch.Generator().manual_seed(seed), self.threat
         if self.draw_radius:
-            threat = dataclasses.replace(threat, eps=threat.eps * float(torch.rand((), generator=generator)))
+            share *= float(torch.rand((), generator=generator))
+        if share < 1:
+            threat = dataclasses.replace(threat, eps=threat.eps * share)
         model = self.target or pl_module
         batch[image] = attack.perturb(model, clean, batch[label], threat, generator=generator, search=self.search)
         if isinstance(batch, dict):

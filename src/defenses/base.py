@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from src.defenses.guarded import DefendedModel, Detection, Gradient, answers
 from src.recipe import Recipe
+from src.threat import ThreatModel
 
 Fresh = Callable[[], nn.Module]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -44,6 +46,7 @@ class Defense(LightningModule, ABC):
     stochastic: bool = False
     monitor: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
     recipe: Recipe | None = None  # set by the trainer of stages
+    threat: ThreatModel | None = None  # norm and radius of `trained_on`, set likewise
 
     @abstractmethod
     def guard(self, classifier: nn.Module) -> DefendedModel:
@@ -143,8 +146,7 @@ class Detector(Defense):
         """
 
     def guard(self, classifier: nn.Module) -> DefendedModel:
-        classify = answers(classifier)
-        detection = Detection(score=lambda images: self.score(images, classify), threshold=self.threshold)
+        detection = Detection(score=partial(self.score, classify=answers(classifier)), threshold=self.threshold)
         return DefendedModel(
             classifier=classifier,
             defense=self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,15 +26,16 @@ def bpda(value: ImageMap, stand_in: ImageMap) -> ImageMap:
     https://arxiv.org/abs/1802.00420, section 4.1
     """
 
-    def replaced(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            true = value(images)
-        if not torch.is_grad_enabled():
-            return true
-        smooth = stand_in(images)
-        return smooth + (true - smooth).detach()
+    return partial(_replaced, value=value, stand_in=stand_in)
 
-    return replaced
+
+def _replaced(images: Tensor, *, value: ImageMap, stand_in: ImageMap) -> Tensor:
+    with torch.no_grad():
+        true = value(images)
+    if not torch.is_grad_enabled():
+        return true
+    smooth = stand_in(images)
+    return smooth + (true - smooth).detach()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +91,19 @@ class DefendedModel(LightningModule):
         super().__init__()
         self.classifier = classifier
         self.defense = defense
-        self._own = self._declared(purify, surrogate, gradient)
+        if gradient == "bpda" and purify is not None:
+            assert surrogate is not None
+            purify = bpda(purify, surrogate)
+        self._purify = purify
+        self._shut = gradient == "none"
         self.gradient = gradient
         self.stochastic = stochastic
         self.votes = votes
         self.certify = certify
         self.certify_images = certify_images
         self.fpr = fpr
-        self.detections = list(detections)
+        self._first = tuple(detections)  # those that see the images as they come in
+        self.detections = self._first
         inner = classifier if isinstance(classifier, DefendedModel) else None
         self._inner = inner
         if inner is not None:
@@ -104,75 +111,85 @@ class DefendedModel(LightningModule):
             self.stochastic = stochastic or inner.stochastic
             self.votes = max(votes, inner.votes)
             self.fpr = fpr if detections else inner.fpr
-            self.detections += [
-                Detection(score=_after(self._own, each.score), threshold=each.threshold) for each in inner.detections
-            ]
+            self.detections += inner.detections
         self.frozen: dict[str, Tensor] = {}
-
-    @staticmethod
-    def _declared(purify: ImageMap | None, surrogate: ImageMap | None, gradient: Gradient) -> ImageMap:
-        """The defense as an attacker may differentiate it."""
-        if purify is None:
-            return lambda images: images
-        if gradient == "exact":
-            return purify
-        if gradient == "none":
-            return torch.no_grad()(purify)
-        assert surrogate is not None
-        return bpda(purify, surrogate)
 
     @property
     def rejects(self) -> bool:
         return bool(self.detections)
+
+    def _own(self, images: Tensor) -> Tensor:
+        """What this defense alone makes of the images, as an attacker may differentiate it."""
+        if self._purify is None:
+            return images
+        if self._shut:
+            with torch.no_grad():
+                return self._purify(images)
+        return self._purify(images)
 
     def purified(self, images: Tensor) -> Tensor:
         """What the classifier gets to see."""
         seen = self._own(images)
         return seen if self._inner is None else self._inner.purified(seen)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, classes)``, with a last column for rejection where the defense detects."""
-        return self._with_rejection(self._voted(images), images)
-
-    def once(self, images: Tensor) -> Tensor:
-        """As :meth:`forward`, from a single draw."""
-        return self._with_rejection(self.logits(images), images)
-
     def logits(self, images: Tensor) -> Tensor:
         """What the classifier answers, whether the image is rejected or not; a single draw."""
         seen = self._own(images)
         return self.classifier(seen) if self._inner is None else self._inner.logits(seen)
 
-    def _voted(self, images: Tensor) -> Tensor:
-        if self.votes == 1:
-            return self.logits(images)
-        counts = mean = torch.zeros((), device=images.device)
-        for _ in range(self.votes):
-            logits = self.logits(images).float()
-            counts = counts + F.one_hot(logits.argmax(dim=1), logits.shape[1])
-            mean = mean + logits.softmax(dim=1) / self.votes
-        return counts + mean  # the mean probability breaks ties
-
-    def _with_rejection(self, logits: Tensor, images: Tensor) -> Tensor:
-        if not self.rejects:
-            return logits
-        top = logits.amax(dim=1)
-        # In the scale of the logits, so that neither term drowns the other in an attacker's gradient.
-        spread = (top - logits.mean(dim=1)).detach().clamp_min(1.0)
-        return torch.cat([logits, (top + spread * (self.suspicion(images) - 1))[:, None]], dim=1)
+    def _observed(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits of the classes and what each detection says, of the same draw."""
+        seen = self._own(images)
+        logits, scores = (self.classifier(seen), []) if self._inner is None else self._inner._observed(seen)
+        return logits, [each.score(images) for each in self._first] + scores
 
     def scores(self, images: Tensor) -> Tensor:
         """What each detection says: ``(B, detections)``."""
-        return torch.stack([each.score(images) for each in self.detections], dim=1)
+        return torch.stack(self._observed(images)[1], dim=1)
 
     def suspicion(self, images: Tensor) -> Tensor:
         """The detections as one figure, ``(B,)``: over 1 is rejected."""
+        return self._together(self._observed(images)[1])
+
+    def _together(self, scores: list[Tensor]) -> Tensor:
         if not self.frozen:
             raise RuntimeError(
                 "the thresholds of this defense are not set: call set_thresholds with scores of clean validation images"
             )
-        zero, unit, limit = (self.frozen[name].to(images.device) for name in ("zero", "unit", "limit"))
-        return ((self.scores(images) - zero) / unit).amax(dim=1) / limit
+        told = torch.stack(scores, dim=1).float()
+        zero, unit, limit = (self.frozen[name].to(told.device) for name in ("zero", "unit", "limit"))
+        return ((told - zero) / unit).amax(dim=1) / limit
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(B, classes)``, with a last column for rejection where the defense detects."""
+        return self._answer(images, self.votes)[0]
+
+    def once(self, images: Tensor) -> Tensor:
+        """As :meth:`forward`, from a single draw."""
+        return self._answer(images, 1)[0]
+
+    def _answer(self, images: Tensor, votes: int) -> tuple[Tensor, Tensor | None]:
+        """The logits with the column for rejection, and the suspicion it comes from."""
+        logits, scores = self._observed(images)
+        if votes > 1:
+            logits = self._voted(logits, images, votes)
+        if not self.rejects:
+            return logits, None
+        suspicion = self._together(scores)
+        over = suspicion - 1
+        # Below or above the best class, as the image is accepted or not. By the logarithm: a score of a thousand
+        # thresholds would leave a cross-entropy without gradient, and one squashed to a bound a search without
+        # progress.
+        refusal = logits.float().amax(dim=1) + over.sign() * over.abs().log1p()
+        return torch.cat([logits, refusal[:, None]], dim=1), suspicion
+
+    def _voted(self, first: Tensor, images: Tensor, votes: int) -> Tensor:
+        counts = mean = torch.zeros((), device=images.device)
+        for vote in range(votes):
+            logits = (self.logits(images) if vote else first).float()
+            counts = counts + F.one_hot(logits.argmax(dim=1), logits.shape[1])
+            mean = mean + logits.softmax(dim=1) / votes
+        return counts + mean  # the mean probability breaks ties
 
     def set_thresholds(self, clean: Tensor) -> dict[str, Tensor]:
         """Set the thresholds from the scores of clean validation images ``(N, detections)``.
@@ -181,30 +198,28 @@ class DefendedModel(LightningModule):
         largest of them, at the value that leaves at most ``fpr`` of the clean images above it. A threshold given by
         the user stands as it is, and then nothing is adjusted to ``fpr``.
         """
-        given = [each.threshold for each in self.detections]
         middle = clean.median(dim=0).values
-        reach = torch.quantile(clean, 1 - self.fpr, dim=0, interpolation="higher") - middle
-        zero = torch.stack([m if t is None else m.new_zeros(()) for m, t in zip(middle, given, strict=True)])
-        unit = torch.stack([r if t is None else r.new_tensor(t) for r, t in zip(reach, given, strict=True)])
-        unit = unit.clamp_min(1e-12)
+        reach = (_quantile(clean, 1 - self.fpr) - middle).clamp_min(1e-12)
+        given = [each.threshold for each in self.detections]
+        edge = torch.stack(
+            [m + r if t is None else m.new_tensor(t) for m, r, t in zip(middle, reach, given, strict=True)]
+        )
+        zero = torch.minimum(middle, edge - reach)  # a fixed threshold may lie below the median
+        unit = (edge - zero).clamp_min(1e-12)
         limit = unit.new_ones(())
         if all(threshold is None for threshold in given):
-            together = ((clean - zero) / unit).amax(dim=1)
-            limit = torch.quantile(together, 1 - self.fpr, interpolation="higher").clamp_min(1e-12)
+            limit = _quantile(((clean - zero) / unit).amax(dim=1), 1 - self.fpr).clamp_min(1e-12)
         self.frozen = {"zero": zero, "unit": unit, "limit": limit}
         return self.frozen
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        images = batch["image"]
-        answer = self(images)
+        answer, suspicion = self._answer(batch["image"], self.votes)
         told = {"prediction": answer.argmax(dim=1)}
-        if self.rejects:
+        if suspicion is not None:
             classes = answer[:, :-1]
-            told |= {
-                "behind": classes.argmax(dim=1),
-                "rejected": told["prediction"] == classes.shape[1],
-                "suspicion": self.suspicion(images),
-            }
+            told["behind"] = classes.argmax(dim=1)
+            told["rejected"] = told["prediction"] == classes.shape[1]
+            told["suspicion"] = suspicion
         return told
 
     def adaptive(self, draws: int) -> nn.Module:
@@ -215,6 +230,24 @@ class DefendedModel(LightningModule):
         """
         return _Adaptive(self, draws if self.stochastic else 1)
 
+    def closed(self) -> nn.Module:
+        """The model that a black_box attacker meets: its answers and nothing else."""
+        return _Closed(self)
+
+
+class _Closed(nn.Module):
+    differentiable = False
+
+    def __init__(self, defended: DefendedModel) -> None:
+        super().__init__()
+        self.defended = defended
+        self.rejects = defended.rejects
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        answer: Tensor = self.defended(images)
+        return answer
+
 
 class _Adaptive(nn.Module):
     log_probabilities = True  # on purpose, where it averages: no need to warn of it
@@ -224,6 +257,7 @@ class _Adaptive(nn.Module):
         self.defended = defended
         self.draws = draws
         self.rejects = defended.rejects
+        self.differentiable = defended.gradient != "none"
 
     def forward(self, images: Tensor) -> Tensor:
         if self.draws == 1:
@@ -235,8 +269,9 @@ class _Adaptive(nn.Module):
         return each.logsumexp(dim=0) - math.log(self.draws)
 
 
-def _after(first: ImageMap, then: ImageMap) -> ImageMap:
-    return lambda images: then(first(images))
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Of each column the least value that has at least ``share`` of the others at or below it."""
+    return torch.quantile(values, share, dim=0, interpolation="higher")
 
 
 def answers(classifier: nn.Module) -> Callable[[Tensor], Any]:

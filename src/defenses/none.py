@@ -12,4 +12,4 @@ class NoDefense(Defense):
     """Passes the classifier through unchanged; gray_box and white_box are then the same attack."""
 
     def guard(self, classifier: nn.Module) -> DefendedModel:
-        return DefendedModel(classifier=classifier)
+        return classifier if isinstance(classifier, DefendedModel) else DefendedModel(classifier=classifier)

@@ -49,16 +49,17 @@ class VAE(Purifier):
         return self.decoder(_draw(mean, logvar) if self.stochastic else mean)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, reconstruction, kl = self._loss(batch)
+        loss, reconstruction, kl = self.loss(batch)
         values = {"train_loss": loss, "train_reconstruction": reconstruction, "train_kl": kl}
         self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, _, _ = self._loss(batch)
+        loss, _, _ = self.loss(batch)
         self.log("val_loss", loss, batch_size=len(batch["image"]), sync_dist=True, prog_bar=True)
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole, the reconstruction and the KL term, each a mean over the batch of sums over an image."""
         images = batch.get("clean", batch["image"])
         mean, logvar = self.encoder(batch["image"])
         mean, logvar = mean.float(), logvar.float()

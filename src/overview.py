@@ -1,0 +1,187 @@
+"""What lies in the cache: ``python -m src.stages ls``, ``verify`` and ``gc``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from src import records as store
+from src.errors import UserError
+from src.keys import file_digest
+from src.records import Record
+
+
+@dataclass
+class Stage:
+    """One folder of the cache, or what is left of one."""
+
+    path: Path
+    kind: str
+    key: str
+    size: int  # bytes
+    what: str = ""
+    created: str = ""
+    seconds: float = 0.0
+    files: dict[str, str] = field(default_factory=dict)  # name → digest
+    reads: list[str] = field(default_factory=list)  # keys of the stages it was made from
+    users: int = 0  # records that need it, themselves or through another stage
+    leftover: str = ""  # why it is no stage: interrupted, set aside as damaged, without a readable meta.json
+
+
+def scan(root: Path, cells: Iterable[Record] = ()) -> list[Stage]:
+    """Everything under ``root`` but the records, with the number of ``cells`` that need it."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder. Expected the artifacts of earlier runs: --artifacts DIR")
+    stages = [
+        _stage(path) for kind in sorted(root.iterdir()) if kind.is_dir() and kind.name != "records"
+        for path in sorted(kind.iterdir()) if path.is_dir()
+    ]  # fmt: skip
+    whole = {stage.key: stage for stage in stages if not stage.leftover}
+    for stage in whole.values():
+        stage.reads = sorted(key for key in _texts(json.loads((stage.path / "meta.json").read_text())["about"])
+                             if key in whole and key != stage.key)  # fmt: skip
+    needs: Counter[str] = Counter()
+    for cell in cells:
+        needs.update(_reachable(cell.uses, whole))
+    for key, stage in whole.items():
+        stage.users = needs[key]
+    return stages
+
+
+def _stage(path: Path) -> Stage:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    stage = Stage(path=path, kind=path.parent.name, key=path.name, size=size)
+    if path.name.startswith("."):
+        stage.leftover = "interrupted; running the same command again goes on from it"
+    elif ".damaged-" in path.name:
+        stage.leftover = "damaged, set aside"
+    else:
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            stage.what, stage.created, stage.seconds = meta["what"], meta["created"], float(meta["seconds"])
+            stage.files = dict(meta["files"])
+            _ = meta["about"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            stage.leftover = f"meta.json cannot be read ({type(error).__name__})"
+    return stage
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings inside JSON: among them the keys of other stages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _reachable(keys: Iterable[str], stages: dict[str, Stage]) -> set[str]:
+    found: set[str] = set()
+    waiting = [key for key in keys if key in stages]
+    while waiting:
+        key = waiting.pop()
+        if key not in found:
+            found.add(key)
+            waiting += stages[key].reads
+    return found
+
+
+def damage(stage: Stage) -> list[str]:
+    """Files of a stage that are gone or differ from what was written."""
+    return [
+        name for name, digest in stage.files.items()
+        if not (stage.path / name).is_file() or file_digest(stage.path / name) != digest
+    ]  # fmt: skip
+
+
+def human(size: int) -> str:
+    """Bytes for people."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _print(stages: Sequence[Stage]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for name in ("kind", "key", "what", "made from", "made in", "size", "records"):
+        table.add_column(name, justify="right" if name in ("made in", "size", "records") else "left")
+    for stage in stages:
+        reads = ", ".join(stage.reads) or "-"
+        table.add_row(stage.kind, stage.key, stage.leftover or stage.what, reads, f"{stage.seconds:.0f} s",
+                      human(stage.size), str(stage.users))  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _records(root: Path, more: Sequence[Path]) -> tuple[list[Record], list[str]]:
+    """Records of the cache and of other folders, and one line for each file that is none."""
+    cells, broken = [], []
+    for folder in [root / "records", *more]:
+        for path in sorted(folder.rglob("*.json")):
+            if path.parent.name != "records":
+                continue
+            try:
+                cells.append(store.load(path))
+            except UserError as error:
+                broken.append(str(error))
+    return cells, broken
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 1 for wrong input or, from verify, damage."""
+    parser = argparse.ArgumentParser(prog="python -m src.stages", description="What lies in the cache of stages.")
+    parser.add_argument("command", choices=["ls", "verify", "gc"], help="list; compare files with their digests; free")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="the cache (default: artifacts)")
+    parser.add_argument("--records", type=Path, nargs="*", default=[], metavar="DIR",
+                        help="further folders whose records keep stages alive, such as multirun/")  # fmt: skip
+    parser.add_argument("--yes", action="store_true", help="gc: free what it shows")
+    options = parser.parse_args(arguments)
+    try:
+        cells, broken = _records(options.artifacts, options.records)
+        stages = scan(options.artifacts, cells)
+        if options.command == "verify":
+            return _verify(stages, broken)
+        if options.command == "gc":
+            stages = [stage for stage in stages if stage.leftover or not stage.users]
+        _print(stages)
+        total = human(sum(stage.size for stage in stages))
+        if options.command == "ls":
+            print(f"{len(stages)} stages, {total}; {len(cells)} records")
+        elif not stages:
+            print("nothing to free: every stage is needed by a record")
+        elif not options.yes:
+            print(f"{len(stages)} that no record needs, {total}. Free them with: python -m src.stages gc --yes")
+        else:
+            for stage in stages:
+                shutil.rmtree(stage.path)
+            print(f"freed {total}")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _verify(stages: Sequence[Stage], broken: Sequence[str]) -> int:
+    faults = list(broken)
+    for stage in stages:
+        if stage.leftover:
+            print(f"{stage.path}: {stage.leftover}")
+        elif names := damage(stage):
+            faults.append(f"{stage.path}: damaged: {', '.join(names)}")
+    for fault in faults:
+        print(fault)
+    whole = sum(1 for stage in stages if not stage.leftover)
+    print(f"{whole} stages and their records: {len(faults) or 'no'} damaged")
+    if faults:
+        print("Run the command that made them again: what is damaged is set aside and made anew.")
+    return 1 if faults else 0

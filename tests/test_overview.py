@@ -1,0 +1,108 @@
+"""What lies in the cache: listed, verified, freed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from src import records
+from src.overview import human, main, scan
+from src.records import Record
+from src.stages import Stages
+from tests.conftest import Outcome
+from tests.test_pipeline import SMALL, ok
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A classifier, a defense made from it that one record needs, and another that none needs."""
+    stages = Stages(tmp_path / "artifacts")
+
+    def put(kind: str, key: str, **about: object) -> None:
+        stages.make(kind, key, what=f"{kind} {key}", build=lambda p: _write(p / "weights.pt", key * 100), about=about)
+
+    put("classifier", "aaaa")
+    put("defense", "bbbb", trained_on={"classifier": "aaaa"})
+    put("defense", "cccc", node={"_target_": "x"})
+    cell = {"dataset": "d", "classifier": "c", "defense": "v", "attack": "a", "norm": "linf", "eps": 0.1}
+    record = Record(key="eeee", access="gray_box", seed=0, uses=["bbbb"], **cell)  # type: ignore[arg-type]
+    records.save(record, tmp_path / "artifacts" / "records")
+    return tmp_path / "artifacts"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def test_scan_knows_sizes_sources_and_users(root: Path) -> None:
+    stages = {stage.key: stage for stage in scan(root, [records.load(root / "records" / "eeee.json")])}
+    assert set(stages) == {"aaaa", "bbbb", "cccc"}
+    assert stages["bbbb"].reads == ["aaaa"]
+    assert [stages[key].users for key in ("aaaa", "bbbb", "cccc")] == [1, 1, 0]  # aaaa through bbbb
+    assert stages["aaaa"].size == sum(file.stat().st_size for file in (root / "classifier" / "aaaa").iterdir())
+
+
+def test_ls_shows_them(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--artifacts", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "3 stages" in out
+    assert "1 records" in out
+    assert "classifier aaaa" in out
+
+
+def test_verify_finds_damage_and_says_so_by_its_exit_code(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--artifacts", str(root)]) == 0
+    (root / "defense" / "bbbb" / "weights.pt").write_text("other")
+    (root / "classifier" / "aaaa" / "weights.pt").unlink()
+    (root / "records" / "eeee.json").write_text("{")
+    assert main(["verify", "--artifacts", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert "bbbb: damaged: weights.pt" in out
+    assert "aaaa: damaged: weights.pt" in out
+    assert "eeee.json: not a record" in out
+    assert "3 damaged" in out
+
+
+def test_gc_shows_first_and_frees_only_what_nothing_needs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "defense" / ".dddd.partial").mkdir()
+    (root / "defense" / "bbbb.damaged-1").mkdir()
+    assert main(["gc", "--artifacts", str(root)]) == 0
+    shown = capsys.readouterr().out
+    assert "cccc" in shown
+    assert "interrupted" in shown
+    assert "aaaa" not in shown
+    assert (root / "defense" / "cccc").exists()
+    assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+    left = {path.name for kind in ("classifier", "defense") for path in (root / kind).iterdir() if path.is_dir()}
+    assert left == {"aaaa", "bbbb"}
+    assert main(["gc", "--artifacts", str(root)]) == 0
+    assert "nothing to free" in capsys.readouterr().out
+
+
+def test_a_folder_without_artifacts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--artifacts", str(tmp_path / "none")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_meta_that_cannot_be_read_is_a_leftover(root: Path) -> None:
+    (root / "defense" / "cccc" / "meta.json").write_text(json.dumps({"what": "x"}))
+    (stage,) = [stage for stage in scan(root) if stage.key == "cccc"]
+    assert "meta.json" in stage.leftover
+
+
+def test_records_name_all_they_were_made_from(command: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = ok(command(*SMALL, "threat.eps=[0.1,0.2]", "threat.access=[gray_box,white_box]"))
+    artifacts = tmp_path / "artifacts"
+    by_key = {stage.key: stage for stage in scan(artifacts, records.find(outcome.runs()))}
+    kinds = [sorted(by_key[key].kind for key in record.uses) for record in records.find(outcome.runs())]
+    gray = ["classifier", "defense", "examples"]
+    assert sorted(kinds) == sorted([gray, gray[:2], gray, gray[:2]])
+    assert all(stage.users for stage in by_key.values())
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB")])
+def test_sizes_for_people(size: int, text: str) -> None:
+    assert human(size) == text
