@@ -23,10 +23,10 @@ demo: setup  ## The main job on the bundled digits: classifier, VAE defense, PGD
 	$(BIN)/python -m src.train
 
 test: setup  ## The default tests: no network, no data beyond what packages bundle
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-full: setup  ## The slow tests as well
-	$(BIN)/python -m pytest -q -m 'slow or not slow'
+	$(BIN)/python -m pytest -q -n auto -m 'slow or not slow'
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(BIN)/ruff format --check src tests benchmarks

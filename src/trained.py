@@ -209,7 +209,7 @@ class Workshop:
             "recipe": recipe.model_dump(),
             "data": self.data.train_fingerprint,
             "seed": seed,
-            "source": source_digest(type(module), *_networks(module), Recipe, augment, loaders),
+            "source": source_digest(type(module), *_networks(module), Recipe, augment, loaders, within="src.defenses"),
         }
         key = content_key(**about)
 

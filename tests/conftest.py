@@ -12,6 +12,9 @@ import pytest
 import torch
 
 os.environ["WANDB_MODE"] = "offline"  # whatever a test does, nothing leaves this machine
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: threads of several would wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what a test starts
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from src.train import CONF
 from tests.conftest import ROOT, choices
 
 # What a package of src may import from src. Anything absent here (pipeline, job, train …) knows everyone.
@@ -78,3 +81,16 @@ def test_no_machine_paths_and_no_registry_hosts_in_tracked_files() -> None:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert found.stdout == ""
+
+
+@pytest.mark.parametrize("name", choices("sweep"))
+def test_every_sweep_names_choices_that_exist(name: str) -> None:
+    """As the sweeper takes the list apart, and each of its jobs composes."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("train", overrides=[f"+sweep={name}"], return_hydra_config=True)
+        for group, listed in whole.hydra.sweeper.params.items():
+            override = OverridesParser.create().parse_override(f"{group}={listed}")
+            assert override.is_sweep_override()
+            for choice in override.sweep_string_iterator():
+                assert choice in choices(group)
+                compose("train", overrides=[f"+sweep={name}", f"{group}={choice}"])
