@@ -180,7 +180,33 @@ def _measures(rows: Sequence[Row], separator: str = " ") -> list[Column]:
         ("robust bare", lambda row: _with_interval(*row.bare, separator) if row.bare else "-"),
     ]
     columns += [(f"robust {a}", partial(_accuracy, access=a, separator=separator)) for a in known]
-    return [*columns, ("gap (pp)", lambda row: percent(row.gap))]
+    columns.append(("gap (pp)", lambda row: percent(row.gap)))
+    found = [r for row in rows for r in row.cells.values()]
+    if any(r.clean_rejected is not None for r in found):
+        columns.append(("clean rejected", lambda row: percent(row.any_done.clean_rejected if row.any_done else None)))
+        columns += [(f"detected {a}", partial(_detected, access=a)) for a in known]
+    if any(r.certified for r in found):
+        columns.append(("certified l2 0.5 / 1", _certified))
+    return columns
+
+
+def _detected(row: Row, access: str) -> str:
+    record = row.done(access)
+    return percent(None if record is None else record.detection_tpr)
+
+
+def _certified(row: Row) -> str:
+    record = row.any_done
+    if record is None or not record.certified:
+        return "-"
+    shares = " / ".join(percent(record.certified.get(radius)) for radius in ("0.5", "1"))
+    return f"{shares} (n={record.certified_n})"
+
+
+_ON_REJECTION = (
+    "A defense that detects has held an attacked image it rejects, but not one whose clean version it rejects "
+    "(`clean rejected`); `detected` is the share rejected of the attacked images that the classifier gets wrong. "
+)
 
 
 def reading(records: Sequence[Record]) -> str:
@@ -197,6 +223,7 @@ def reading(records: Sequence[Record]) -> str:
         "`gray_box` attacks that bare classifier and shows the images to the defended model; `white_box` "
         "attacks the defended model through its defense and is the figure to quote. The gap, gray_box minus "
         "white_box in percentage points, is the robustness that is gone once the attacker knows the defense. "
+        f"{_ON_REJECTION if any(r.clean_rejected is not None for r in done) else ''}"
         f"{f'{failed} cell(s) failed, see notes. ' if failed else ''}Measured {date or 'on an unknown date'}."
     )
 

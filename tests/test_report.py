@@ -343,3 +343,14 @@ def test_a_job_that_died_and_a_broken_record_are_noticed(tmp_path: Path) -> None
     assert "left no record" in records[1].reason
     assert len(problems) == 1
     assert "broken.json" in problems[0]
+
+
+def test_tables_show_what_a_detector_rejects_and_what_is_certified() -> None:
+    known = {"clean_rejected": 0.04, "detection_tpr": 0.9, "certified_n": 50, "certified": {"0.5": 0.8, "1": 0.25}}
+    rows = tables.side_by_side([cell(**known), cell(access="white_box", **known | {"detection_tpr": 0.1})])
+    shown = {name: value(rows[0]) for name, value in tables._measures(rows)}
+    assert shown["clean rejected"] == "4.0"
+    assert (shown["detected gray_box"], shown["detected white_box"]) == ("90.0", "10.0")
+    assert shown["certified l2 0.5 / 1"] == "80.0 / 25.0 (n=50)"
+    plain = tables.side_by_side([cell()])
+    assert not {"clean rejected", "certified l2 0.5 / 1"} & {name for name, _ in tables._measures(plain)}

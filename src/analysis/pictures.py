@@ -66,7 +66,7 @@ def picture_grid(records: Iterable[Record], folder: Path | Mapping[str, Path], p
         top = height
         for record, arrays in blocks:
             top = _block(figure, top, record, arrays)
-        legend = "Over an image: the label predicted. ✓ right (blue), ✗ wrong (orange)."
+        legend = "Over an image: the label predicted. ✓ right (blue), ✗ wrong (orange), rejected by a detector (grey)."
         figure.text(0.05 / width, 0.09 / height, legend, fontsize=_FONT + 1, color="#333333")
         return save_figure(figure, path)
 
@@ -120,8 +120,11 @@ def _block(figure: Any, top: float, record: Record, arrays: Mapping[str, Any]) -
             _draw(axis, image)
             if predictions is not None:
                 truth, said = int(arrays["picture_label"][column]), int(predictions[column])
-                mark, color = ("✓", BLUE) if said == truth else ("✗", VERMILLION)
-                axis.set_title(f"{_name(names, said)} {mark}", fontsize=_FONT, color=color, pad=2)
+                name = _name(names, said)
+                mark, color = (" ✓", BLUE) if said == truth else (" ✗", VERMILLION)
+                if name == "rejected":  # neither right nor wrong
+                    mark, color = "", "#555555"
+                axis.set_title(f"{name}{mark}", fontsize=_FONT, color=color, pad=2)
     return top
 
 
