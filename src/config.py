@@ -96,6 +96,7 @@ class Job(Strict):
     callbacks: dict[str, Any]
     limit: Limit
     paths: Paths
+    plan: bool = False  # say what would be done, and stop
 
     @property
     def norm(self) -> Norm:

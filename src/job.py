@@ -53,6 +53,9 @@ def run(cfg: DictConfig) -> None:
     done: list[Record] = []
     try:
         job = config.parse(cfg)
+        if job.plan:
+            _plan(job, names, out, in_sweep)
+            return
         _measure(job, names, out, done, in_sweep)
     except KeyboardInterrupt:
         raise
@@ -67,6 +70,19 @@ def run(cfg: DictConfig) -> None:
         log.error("failed: %s", reason, exc_info=None if isinstance(error, UserError) else error)
     else:
         log.info("done in %.1f s", time.perf_counter() - started)
+
+
+def _plan(job: config.Job, names: dict[str, str], out: Path, in_sweep: bool) -> None:
+    """Say what would be done; a sweep says it at its end, for all jobs together."""
+    from src import pipeline, plan
+    from src.measure import Names
+
+    logging.getLogger("src").setLevel(logging.WARNING)
+    found = pipeline.plan(job, Names(**names))
+    if in_sweep:
+        found.save(out)
+    else:
+        plan.show(found)
 
 
 def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:

@@ -75,8 +75,7 @@ class Bench:
 
     def cell(self, eps: float, access: Access, folder: Path) -> Record:
         """The record of a cell, found in the cache or measured; a copy with its pictures lands in ``folder``."""
-        job = self.job.threat
-        threat = ThreatModel(norm=self.job.norm, eps=eps, targeted=job.targeted, quantize=job.quantize)
+        threat = self._threat(eps)
         key = self._key(threat, access)
         store = self.stages.root / "records"
         path, sidecar = store / f"{key}.json", store / f"{key}.npz"
@@ -91,6 +90,19 @@ class Bench:
         if sidecar.exists():
             shutil.copyfile(sidecar, folder / sidecar.name)
         return record
+
+    def planned(self, eps: float, access: Access) -> dict[str, Any]:
+        """What is known of a cell before it is measured; the stage it would need is asked of the cache."""
+        threat = self._threat(eps)
+        key = self._key(threat, access)
+        present = (self.stages.root / "records" / f"{key}.json").exists()
+        if not present:
+            self._examples(threat, access)
+        return {"key": key, "present": present, "access": str(access), "eps": eps, **asdict(self.names)}
+
+    def _threat(self, eps: float) -> ThreatModel:
+        job = self.job.threat
+        return ThreatModel(norm=self.job.norm, eps=eps, targeted=job.targeted, quantize=job.quantize)
 
     def _found(self, path: Path) -> Record | None:
         if not path.exists():
@@ -222,19 +234,26 @@ class Bench:
 
     def _attacked(self, threat: ThreatModel, access: Access) -> Table:
         """Attacked images of every test image with the attack's verdicts, made by what ``access`` allows."""
+        table: Table
+        if (stored := self._examples(threat, access)) is not None:
+            table = torch.load(stored / "examples.pt", weights_only=True)
+        else:
+            table = self._test(self.subject.defended, self._callback(threat, self._target(access)), keep=self._few)
+        return _within(table, threat) if self.attack.minimal else table
+
+    def _examples(self, threat: ThreatModel, access: Access) -> Path | None:
+        """The stage of attacked images that serves a cell and others; None where they serve this cell alone."""
         whole = threat
         if self.attack.minimal:  # one search answers every eps
             whole = replace(threat, eps=float("inf"))
         if access is Access.GRAY_BOX or (self.bare and access is Access.WHITE_BOX):
-            table = self._stored(self.subject.classifier, "classifier", replace(whole, exhaust=True))
-        elif access is Access.TRANSFER:
+            return self._stored(self.subject.classifier, "classifier", replace(whole, exhaust=True))
+        if access is Access.TRANSFER:
             assert self.subject.surrogate is not None
-            table = self._stored(self.subject.surrogate, "surrogate", replace(whole, exhaust=True))
-        elif self.attack.minimal:
-            table = self._stored(self.subject.defended, "defense", whole, self._target(access))
-        else:
-            table = self._test(self.subject.defended, self._callback(whole, self._target(access)), keep=self._few)
-        return _within(table, threat) if self.attack.minimal else table
+            return self._stored(self.subject.surrogate, "surrogate", replace(whole, exhaust=True))
+        if self.attack.minimal:
+            return self._stored(self.subject.defended, "defense", whole, self._target(access))
+        return None
 
     def _target(self, access: Access) -> torch.nn.Module:
         defended = self.subject.defended
@@ -247,7 +266,7 @@ class Bench:
     def _few(self) -> dict[str, int | None]:
         return {"image": LOOKED_AT, "clean": LOOKED_AT}
 
-    def _stored(self, model: Any, role: str, threat: ThreatModel, target: torch.nn.Module | None = None) -> Table:
+    def _stored(self, model: Any, role: str, threat: ThreatModel, target: torch.nn.Module | None = None) -> Path:
         """Attacked images kept as a stage: those on a classifier serve every defense, minimal ones every eps."""
         parts = {"data": self.keys["data"], role: self.keys[role], **self._attack_parts(threat)}
         if target is not None:
@@ -258,9 +277,7 @@ class Bench:
             keep = {"image": None, "clean": None if self.attack.minimal else LOOKED_AT}
             self._test(model, self._callback(threat, target), path=folder / "examples.pt", keep=keep)
 
-        folder = self.stages.make("examples", content_key(**parts), what=what, build=make, about=parts)
-        table: Table = torch.load(folder / "examples.pt", weights_only=True)
-        return table
+        return self.stages.make("examples", content_key(**parts), what=what, build=make, about=parts)
 
     def _shown(self, images: Tensor) -> Table:
         return self._test(self.subject.defended, Replay(images), keep=self._few)

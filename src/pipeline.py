@@ -10,6 +10,7 @@ from src.config import Job, build
 from src.data.base import ImageDataModule
 from src.errors import UserError
 from src.measure import Bench, Names, Subject
+from src.plan import Plan
 from src.records import Record
 from src.stages import Stages
 from src.threat import Access
@@ -23,8 +24,23 @@ def run(job: Job, names: Names, out: Path, tracker: NoTracker) -> Iterator[Recor
     Raises:
         UserError: input that cannot work, with one line for the user.
     """
+    bench, radii = prepare(job, names, Stages(Path(job.paths.artifacts)), tracker)
+    for eps in radii:
+        for access in job.access:
+            yield bench.cell(eps, access, out / "records")
+
+
+def plan(job: Job, names: Names) -> Plan:
+    """The cells of a job and the stages they need, and which of them are there."""
+    stages = Stages(Path(job.paths.artifacts), plan=True)
+    bench, radii = prepare(job, names, stages, NoTracker())
+    cells = [bench.planned(eps, access) for eps in radii for access in job.access]
+    return Plan({cell["key"]: cell for cell in cells}, stages.asked, artifacts=str(stages.root))
+
+
+def prepare(job: Job, names: Names, stages: Stages, tracker: NoTracker) -> tuple[Bench, tuple[float, ...]]:
+    """Data, classifier and defense, trained or found, on the bench; and the radii to measure."""
     fit.check_devices(job.trainer)
-    stages = Stages(Path(job.paths.artifacts))
     data: ImageDataModule = build(job.dataset, "dataset")
     data.prepare()
     data.eval_batch_size = job.eval_batch_size
@@ -44,7 +60,4 @@ def run(job: Job, names: Names, out: Path, tracker: NoTracker) -> Iterator[Recor
         keys={"classifier": classifier_key, "defense": defense_key}
         | ({"surrogate": surrogate_key} if surrogate_key else {}),
     )
-    bench = Bench(job, names, data, stages, subject)
-    for eps in radii:
-        for access in job.access:
-            yield bench.cell(eps, access, out / "records")
+    return Bench(job, names, data, stages, subject), radii

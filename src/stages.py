@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 class Stages:
     """The stages under one folder."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, plan: bool = False) -> None:
         self.root = root.absolute()
+        self.plan = plan  # make nothing, only note what is asked for
+        self.asked: dict[str, dict[str, Any]] = {}
         self.used: list[str] = []  # keys of the stages that were found or made
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -52,6 +54,9 @@ class Stages:
         """
         final = self.root / kind / key
         self.used.append(key)
+        if self.plan:
+            self.asked[key] = {"kind": kind, "what": what, "present": final.exists()}
+            return final
         final.parent.mkdir(parents=True, exist_ok=True)
         with self._locked(final.parent / f".{key}.lock", what):
             if self._intact(final):

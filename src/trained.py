@@ -186,6 +186,8 @@ class Workshop:
 
         key = content_key(**about)
         folder = self.stages.make("thresholds", key, what="thresholds of the detector", build=scored, about=about)
+        if self.stages.plan:
+            return key
         frozen: dict[str, Tensor] = torch.load(folder / "thresholds.pt", weights_only=True)
         defended.frozen = frozen
         return key
@@ -228,7 +230,8 @@ class Workshop:
             torch.save(module.state_dict(), folder / "weights.pt")
 
         folder = self.stages.make(kind, key, what=what, build=train, about=about)
-        load_weights(module, folder / "weights.pt", str(folder))
+        if not self.stages.plan:
+            load_weights(module, folder / "weights.pt", str(folder))
         if recipe.channels_last:
             module.to(memory_format=torch.channels_last)
         module.eval()

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "classifiers": {"threat", "errors", "recipe", "classifiers"},
     "attacks": {"threat", "errors", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
-    "callbacks": {"attacks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config"},
+    "callbacks": {"attacks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config", "plan"},
 }
 
 

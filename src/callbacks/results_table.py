@@ -78,6 +78,15 @@ def gather(config: DictConfig) -> int:
     from src.tables import print_table
 
     sweep = Path(config.hydra.sweep.dir)
+    if config.get("plan"):
+        from src import plan
+        from src import records as store
+
+        plan.show(plan.gather([sweep]))
+        refused = store.find([sweep])  # a plan leaves records of jobs that cannot work only
+        for reason in dict.fromkeys(record.reason for record in refused):
+            print(f"error: {reason}", file=sys.stderr)
+        return len(refused)
     records, problems = collect(sweep)
     print_table(records)
     paths = write_report(records, sweep, sweep)

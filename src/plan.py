@@ -1,0 +1,103 @@
+"""What a run or a sweep would do, before it does it: ``+plan=true``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from src.records import Record
+
+FILE = "plan.json"
+
+
+@dataclass
+class Plan:
+    """Cells and stages by key; ``True`` where the cache has it.
+
+    Attributes:
+        cells: of each cell, whether its record is there and what it is: attack, defense, access.
+        stages: of each stage, whether it is there, its kind and its words.
+    """
+
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    artifacts: str = "artifacts"
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=1))
+
+
+def gather(folders: Iterable[Path]) -> Plan:
+    """The plans of several jobs as one: what they share is counted once."""
+    whole = Plan()
+    for folder in folders:
+        for path in sorted(folder.rglob(FILE)):
+            part = json.loads(path.read_text())
+            whole.cells |= part["cells"]
+            whole.stages |= part["stages"]
+            whole.artifacts = part["artifacts"]
+    return whole
+
+
+def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]]) -> str:
+    """The plan in words, with the time that such cells and stages took before.
+
+    Args:
+        records: cells measured so far.
+        metas: ``meta.json`` of the stages in the cache.
+    """
+    cells = [cell for cell in plan.cells.values() if not cell["present"]]
+    stages = [stage for stage in plan.stages.values() if not stage["present"]]
+    before = [(_shape(asdict_of(record)), record.wall_seconds) for record in records if record.status == "done"]
+    made = [((str(meta["what"]), str(meta["kind"])), float(meta["seconds"])) for meta in metas]
+    times = [_estimate(_shape(cell), before) for cell in cells]
+    times += [_estimate((stage["what"], stage["kind"]), made) for stage in stages]
+    known = [seconds for seconds in times if seconds is not None]
+    unknown = len(times) - len(known)
+    lines = [
+        f"{len(plan.cells)} cells: {len(plan.cells) - len(cells)} found, {len(cells)} to measure",
+        f"{len(plan.stages)} stages: {len(plan.stages) - len(stages)} found, {len(stages)} to make",
+        *(f"  {stage['what']} ({key})" for key, stage in plan.stages.items() if not stage["present"]),
+    ]
+    if times:
+        rest = f", and {unknown} of which nothing is known yet" if unknown else ""
+        lines.append(f"about {_time(sum(known))} by what such cells and stages took so far{rest}")
+    return "\n".join(lines)
+
+
+def asdict_of(record: Record) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in ("attack", "defense", "access", "dataset")}
+
+
+def _shape(cell: dict[str, Any]) -> tuple[str, ...]:
+    """What decides how long a cell takes, the weightiest last."""
+    return tuple(str(cell[name]) for name in ("access", "defense", "attack", "dataset"))
+
+
+def _estimate(shape: tuple[str, ...], before: Sequence[tuple[tuple[str, ...], float]]) -> float | None:
+    """Median of those most alike: the same in all, else in all but the first part, and so on."""
+    for start in range(len(shape)):
+        alike = [seconds for other, seconds in before if other[start:] == shape[start:]]
+        if alike:
+            return median(alike)
+    return None
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def show(plan: Plan) -> None:
+    """Print the plan."""
+    from src import records as store
+
+    root = Path(plan.artifacts)
+    metas = [json.loads(path.read_text()) for path in root.glob("*/*/meta.json")]
+    found = store.find([root / "records"]) if (root / "records").is_dir() else []
+    print(report(plan, found, metas))
