@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> None:
 def _plan(job: config.Job, names: dict[str, str], out: Path, in_sweep: bool) -> None:
     """Say what would be done; a sweep says it at its end, for all jobs together."""
     from src import pipeline, plan
-    from src.measure import Names
+    from src.subject import Names
 
     logging.getLogger("src").setLevel(logging.WARNING)
     found = pipeline.plan(job, Names(**names))
@@ -88,7 +88,7 @@ def _plan(job: config.Job, names: dict[str, str], out: Path, in_sweep: bool) -> 
 def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
     from src import pipeline, report, tables
-    from src.measure import Names
+    from src.subject import Names
     from src.tracking import NoTracker
 
     tags = [names[key] for key in ("dataset", "classifier", "defense", "attack")] + [str(a) for a in job.access]

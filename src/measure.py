@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,43 +19,20 @@ from src import fit, records
 from src.attacks.base import Attack
 from src.callbacks.attack_callback import AttackCallback, Replay
 from src.callbacks.collect import Collect
-from src.classifiers.module import Classifier
+from src.certificate import certified
 from src.config import Job, build
-from src.data.augment import to_float
 from src.data.base import ImageDataModule
-from src.defenses.guarded import DefendedModel
 from src.errors import UserError
 from src.keys import content_key, source_digest
 from src.outcome import Table, to_record, to_sidecar
 from src.records import Record
 from src.stages import Stages
+from src.subject import Names, Subject
 from src.threat import Access, ThreatModel
 
 log = logging.getLogger(__name__)
 
-CERTIFIED_AT = [0.25 * step for step in range(13)]  # l2 radii of the certified curve
 LOOKED_AT = 32  # first images among which the examples are chosen
-
-
-@dataclass(frozen=True, kw_only=True)
-class Names:
-    """What the choices are called, for the columns of the table."""
-
-    dataset: str
-    classifier: str
-    defense: str
-    attack: str
-    variant: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is measured: models and their content keys."""
-
-    classifier: Classifier
-    defended: DefendedModel
-    surrogate: Classifier | None
-    keys: dict[str, str]
 
 
 class Bench:
@@ -206,31 +183,11 @@ class Bench:
 
     @cached_property
     def _certified(self) -> dict[str, Any]:
-        """What the defense proves of the first test images, whatever attacks them."""
-        defended = self.subject.defended
-        certify = defended.certify
-        if certify is None:
+        if self.subject.defended.certify is None:
             return {}
-        count = min(defended.certify_images, len(self.data.test))
-        parts = {**self.keys, "count": count, "seed": self.job.seed, "source": source_digest(type(defended))}
-
-        @torch.no_grad()
-        def make(folder: Path) -> None:
-            torch.manual_seed(self.job.seed)
-            radii, left = [], count
-            for batch in self.data.test_dataloader():
-                radii.append(certify(to_float(batch["image"][:left]), batch["label"][:left]).cpu())
-                left -= len(radii[-1])
-                if not left:
-                    break
-            torch.save(torch.cat(radii), folder / "radius.pt")
-
-        key = content_key(**parts)
+        key, found = certified(self.subject.defended, self.keys, self.data, self.stages, self.job)
         self._common.append(key)
-        folder = self.stages.make("certificate", key, what="certificate", build=make, about=parts)
-        radius = torch.load(folder / "radius.pt", weights_only=True)
-        curve = {f"{r:g}": float((radius >= r).double().mean()) for r in CERTIFIED_AT}
-        return {"certified_n": count, "certified": curve}
+        return found
 
     def _attacked(self, threat: ThreatModel, access: Access) -> Table:
         """Attacked images of every test image with the attack's verdicts, made by what ``access`` allows."""

@@ -9,10 +9,11 @@ from src import fit
 from src.config import Job, build
 from src.data.base import ImageDataModule
 from src.errors import UserError
-from src.measure import Bench, Names, Subject
+from src.measure import Bench
 from src.plan import Plan
 from src.records import Record
 from src.stages import Stages
+from src.subject import Names, Subject
 from src.threat import Access
 from src.tracking import NoTracker
 from src.trained import Workshop

@@ -28,11 +28,11 @@ def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path
     Returns:
         The paths written. A sweep over several settings has ``pictures_<setting>.png`` for each of them.
     """
-    from src import tables
+    from src import frame, tables
     from src.analysis import curves, pictures
 
     cells = list(records)
-    paths = [tables.write_csv(cells, out / "results.csv"), tables.write_markdown(cells, out / "results.md")]
+    paths = [frame.write_csv(cells, out / "results.csv"), tables.write_markdown(cells, out / "results.md")]
     if any(r.status == "done" for r in cells):
         paths.append(curves.robustness_curve(cells, out / "robustness_curve.png"))
     files = pictures.sidecars([sidecar_folder] if isinstance(sidecar_folder, Path) else sidecar_folder)

@@ -141,7 +141,7 @@ class Tracker(NoTracker):
             return
         import wandb
 
-        from src.tables import COLUMNS, to_frame
+        from src.frame import COLUMNS, to_frame
 
         frame = to_frame(records)
         rows: list[Iterable[Any]] = [

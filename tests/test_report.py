@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from src import frame, report, tables
 from src import records as store
-from src import report, tables
 from src.analysis import curves, pictures
 from src.callbacks import results_table
 from src.errors import UserError
@@ -84,20 +84,20 @@ def is_drawn(path: Path) -> bool:
 
 def test_csv_columns_and_types(tmp_path: Path) -> None:
     records = [*pair(), cell(math.inf, flags=["x", "y"]), failed(eps=None, access="")]
-    frame = pd.read_csv(tables.write_csv(records, tmp_path / "results.csv"))
-    assert list(frame.columns[: len(FIRST)]) == FIRST
-    assert len(frame) == 4
-    assert frame["eps"].dtype == "float64"
-    assert frame["eps"].isin([math.inf]).any()
-    assert frame["n"].dtype == frame["seed"].dtype == "int64"
-    assert set(frame["status"]) == {"done", "failed"}
-    assert "x;y" in set(frame["flags"])
-    assert frame["robust_accuracy"].dropna().between(0, 1).all()
+    table = pd.read_csv(frame.write_csv(records, tmp_path / "results.csv"))
+    assert list(table.columns[: len(FIRST)]) == FIRST
+    assert len(table) == 4
+    assert table["eps"].dtype == "float64"
+    assert table["eps"].isin([math.inf]).any()
+    assert table["n"].dtype == table["seed"].dtype == "int64"
+    assert set(table["status"]) == {"done", "failed"}
+    assert "x;y" in set(table["flags"])
+    assert table["robust_accuracy"].dropna().between(0, 1).all()
 
 
 @pytest.mark.parametrize("records", [[], [failed(eps=None)]])
 def test_types_do_not_depend_on_what_succeeded(records: list[Record]) -> None:
-    assert dict(tables.to_frame(records).dtypes) == dict(tables.to_frame(pair()).dtypes)
+    assert dict(frame.to_frame(records).dtypes) == dict(frame.to_frame(pair()).dtypes)
 
 
 # --- side by side -----------------------------------------------------------------------------------------------

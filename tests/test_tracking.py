@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from src import tracking
+from src.frame import COLUMNS
 from src.records import Record
-from src.tables import COLUMNS
 from src.tracking import CSVTracker, NoTracker, Tracker
 
 

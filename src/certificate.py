@@ -1,0 +1,49 @@
+"""What a defense proves of its answers, whatever attacks them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.config import Job
+from src.data.augment import to_float
+from src.data.base import ImageDataModule
+from src.defenses.guarded import DefendedModel
+from src.keys import content_key, source_digest
+from src.stages import Stages
+
+RADII = [0.25 * step for step in range(13)]  # l2, of the certified curve
+
+
+def certified(
+    defended: DefendedModel, keys: dict[str, str], data: ImageDataModule, stages: Stages, job: Job
+) -> tuple[str, dict[str, Any]]:
+    """The key of the certificate's stage, and the fields of a record that come from it.
+
+    Args:
+        defended: a model with ``certify``.
+        keys: content keys of data, classifier and defense.
+    """
+    certify = defended.certify
+    assert certify is not None
+    count = min(defended.certify_images, len(data.test))
+    parts = {**keys, "count": count, "seed": job.seed, "source": source_digest(type(defended))}
+
+    @torch.no_grad()
+    def make(folder: Path) -> None:
+        torch.manual_seed(job.seed)
+        radii, left = [], count
+        for batch in data.test_dataloader():
+            radii.append(certify(to_float(batch["image"][:left]), batch["label"][:left]).cpu())
+            left -= len(radii[-1])
+            if not left:
+                break
+        torch.save(torch.cat(radii), folder / "radius.pt")
+
+    key = content_key(**parts)
+    folder = stages.make("certificate", key, what="certificate", build=make, about=parts)
+    radius = torch.load(folder / "radius.pt", weights_only=True)
+    curve = {f"{r:g}": float((radius >= r).double().mean()) for r in RADII}
+    return key, {"certified_n": count, "certified": curve}
