@@ -178,6 +178,19 @@ def verdict(mine: Score | str, others: list[Score | str], row: Row) -> str:
     return "weaker: " + ", ".join(faults) if faults else "as strong"
 
 
+def title(row: Row) -> tuple[str, str, str]:
+    """The columns that say which row it is."""
+    name, *rest = row.choice.split()
+    return " ".join([name, *(part.removeprefix("attack.") for part in rest)]), row.norm, f"{row.eps:g}"
+
+
+def earlier(path: Path) -> dict[tuple[str, ...], list[str]]:
+    """Lines of a table written before, by what they are of: a run of some attacks leaves the others as they were."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {tuple(line[:3]): line for line in cells}
+
+
 def compare(row: Row, on: Subject) -> list[str]:
     """One line of the table."""
     on = on.first(row.images)
@@ -193,9 +206,7 @@ def compare(row: Row, on: Subject) -> list[str]:
         other = score(theirs(peering), on, row.norm, row.eps, minimal=row.minimal)
         others.append(other)
         cells[peering.library] = cell(other, row.minimal)
-    name, *rest = row.choice.split()
-    label = " ".join([name, *(part.removeprefix("attack.") for part in rest)])
-    start = [label, row.norm, f"{row.eps:g}", str(on.tested), cell(mine, row.minimal)]
+    start = [*title(row), str(on.tested), cell(mine, row.minimal)]
     return [*start, *(cells.get(library, "no such attack") for library in LIBRARIES), verdict(mine, others, row)]
 
 
@@ -224,7 +235,7 @@ def main() -> None:
     choice = ["dataset=mnist", "classifier=lenet"]
     on = subject(choice, given.images, root=given.root, artifacts=given.artifacts, weights=given.weights)
     head = ["attack", "norm", "eps", "images", "ours", *LIBRARIES, "verdict"]
-    lines: list[list[str]] = []
+    lines = earlier(given.out) if given.only else {}
     about = (
         f"# Parity: {on.name}, {len(on.images)} of the first {on.tested} test images right\n\n"
         "Made by `make bench-parity`. A cell is robust accuracy at eps (and seconds); for attacks that minimise, the "
@@ -234,9 +245,9 @@ def main() -> None:
     for row in ROWS:
         if given.only and row.choice.split()[0] not in given.only:
             continue
-        lines.append(compare(row, on))
-        print(" | ".join(lines[-1]), flush=True)
-        given.out.write_text(about + markdown(head, lines))
+        lines[title(row)] = compare(row, on)
+        print(" | ".join(lines[title(row)]), flush=True)
+        given.out.write_text(about + markdown(head, [lines[title(r)] for r in ROWS if title(r) in lines]))
 
 
 if __name__ == "__main__":

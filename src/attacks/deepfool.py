@@ -15,6 +15,8 @@ from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
 NUDGE = 1e-6  # of each step, in [0, 1] pixels: off a boundary that the image stands on
+STRIDE = 1e-3  # of each step, in distances from the clean image: clipping makes steps fall short by a share, so that
+# boundaries are neared ever more slowly and 3 % of MNIST was never turned
 
 
 class DeepFool(Attack):
@@ -36,8 +38,8 @@ class DeepFool(Attack):
 
     Where ours departs from the paper: after the first step only the contenders with the nearest boundaries, by their
     present logits and the sizes their gradients had when last seen, are linearised anew; images are clipped to [0, 1]
-    after every step; each step goes 1e-6 further, which gets an image off a boundary it stands on; images that have
-    turned leave before their gradients are asked for.
+    after every step; a step is longer by a thousandth of the way come so far (the authors' code: by 1e-4), which gets
+    an image across a boundary; images that have turned leave before their gradients are asked for.
 
     Example::
 
@@ -86,6 +88,7 @@ class DeepFool(Attack):
             )
             sizes = sizes.scatter(1, chosen, size)
             length = (1 + self.overshoot) * (gap.abs() / dual_size(slope, threat.norm).clamp_min(TINY) + NUDGE)
+            length = length + STRIDE * threat.distance(x[todo], current)
             current = (current + length.view(-1, 1, 1, 1) * steepest(slope, threat.norm)).clamp(0, 1)
             with torch.no_grad():
                 logits = model.of(todo, torch.float32)(current)
