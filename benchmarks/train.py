@@ -49,7 +49,9 @@ def network(data: NPZ) -> CNN6:
     torch.manual_seed(0)
     spec = data.spec
     patches = torch.eye(12).tolist()  # of pixels without correlation
-    return CNN6(channels=3, size=spec.size, num_classes=10, mean=spec.mean, std=spec.std, patches=patches)
+    return CNN6(
+        channels=3, size=spec.size, num_classes=10, mean=spec.mean, std=spec.std, patches=patches, symmetric=True
+    )
 
 
 def bare(data: NPZ, recipe: Recipe) -> float:

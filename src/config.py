@@ -22,7 +22,9 @@ from src.recipe import Recipe
 from src.threat import Access, Norm, parse_eps_list
 
 # Filled in from the dataset's spec and the stages, never typed by a user.
-FROM_PIPELINE = frozenset({"channels", "size", "num_classes", "mean", "std", "patches", "classifier", "fresh", "parts"})
+FROM_PIPELINE = frozenset(
+    {"channels", "size", "num_classes", "mean", "std", "patches", "symmetric", "classifier", "fresh", "parts"}
+)
 
 
 class Strict(BaseModel):

@@ -45,6 +45,7 @@ class Workshop:
             "num_classes": spec.num_classes,
             "mean": spec.mean,
             "std": spec.std,
+            "symmetric": spec.augment == "crop_flip",
         }
 
     def classifier(self, name: str) -> tuple[Classifier, str]:

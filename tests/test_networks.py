@@ -32,7 +32,7 @@ def make(kind: type[Network], channels: int, size: int, **options: Any) -> Netwo
     if kind is TorchvisionModel:
         options = SMALL | options
     if kind is CNN6:
-        options = {"patches": torch.eye(4 * channels).tolist()} | options
+        options = {"patches": torch.eye(4 * channels).tolist(), "symmetric": True} | options
     return kind(
         channels=channels,
         size=(size, size),
@@ -66,7 +66,7 @@ def test_logits_and_features(kind: type[Network], channels: int, size: int) -> N
 
 @pytest.mark.parametrize("kind", [LeNet, CNN3, CNN6])
 def test_images_need_not_be_square(kind: type[Network]) -> None:
-    facts = {"patches": torch.eye(4).tolist()} if kind is CNN6 else {}
+    facts = {"patches": torch.eye(4).tolist(), "symmetric": False} if kind is CNN6 else {}
     network = kind(channels=1, size=(28, 20), num_classes=4, mean=[0.5], std=[0.5], **facts)
     assert network(torch.rand(2, 1, 28, 20)).shape == (2, 4)
 
@@ -353,3 +353,16 @@ def test_cnn6_starts_out_passing_its_input_on() -> None:
     first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
     x = torch.rand(2, 24, 8, 8)
     torch.testing.assert_close(first(x)[:, :24], x)
+
+
+def test_cnn6_answers_a_mirrored_image_alike_where_that_keeps_its_class() -> None:
+    x = torch.rand(3, 3, 32, 32)
+    network = make(CNN6, 3, 32).eval()
+    torch.testing.assert_close(network(x), network(x.flip(3)))
+    plain = make(CNN6, 3, 32, mirror=False).eval()
+    torch.testing.assert_close(network(x), (plain(x) + plain(x.flip(3))) / 2)
+    signs = make(CNN6, 3, 32, symmetric=False).eval()
+    assert torch.equal(signs(x), plain(x))
+    network.train()
+    plain.train()
+    assert torch.equal(network(x), plain(x))  # learns from the image as it comes
