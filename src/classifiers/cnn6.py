@@ -52,7 +52,7 @@ class CNN6(Network):
         batch_norm: bool = True,
         whiten: bool = True,
         mirror: bool = True,
-        widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 256),
+        widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 256, 256),
     ) -> None:
         super().__init__(channels=channels, size=size, num_classes=num_classes, mean=mean, std=std)
         self.mirror = mirror and symmetric
