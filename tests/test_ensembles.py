@@ -93,8 +93,9 @@ def test_wrong_members_are_one_clear_line(members: dict, words: str) -> None:
 
 def test_worst_case_can_do_what_all_its_members_can() -> None:
     assert WorstCase(members=PLAIN).norms == {Norm.LINF, Norm.L2}
-    assert WorstCase(members={"a": Square(), "b": Noise()}).needs == "scores"
+    assert WorstCase(members={"a": PGD()}).needs == "gradient"
     assert WorstCase(members={"a": Square(), "b": PGD()}).needs == "scores"  # it spares a closed model the others
+    assert WorstCase(members={"a": Square(), "b": Noise()}).needs == "labels"
     assert not WorstCase(members={"a": Square(), "b": AutoAttack()}).can_target
 
 

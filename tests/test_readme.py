@@ -59,7 +59,7 @@ def test_adding_an_attack_and_a_defense_takes_the_two_files_shown_each(tmp_path:
 def test_help_and_config_answer_at_once() -> None:
     import time
 
-    for flag, word in (("--help", "attack: apgd, apgd_dlr"), ("--cfg=job", "eot_draws")):
+    for flag, word in (("--help", "apgd, apgd_dlr, art"), ("--cfg=job", "eot_draws")):
         started = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "src.train", *flag.split("=")], cwd=ROOT, capture_output=True, text=True, check=True
