@@ -4,7 +4,8 @@
     .venv-peers/bin/python -m benchmarks.attacks --only fgsm pgd --images 200 --rounds 2
 
 Writes ``benchmarks/attacks.md``: per attack the ratio of ours to the fastest peer that is not stronger, beside the
-goal. Stronger is a lower robust accuracy or, for attacks that minimise, a smaller median distance. On cnn6 ours
+goal. Stronger is a lower robust accuracy or, for attacks that minimise, a smaller median distance; a peer that turns
+fewer than half of the images has no median and is no contestant. On cnn6 ours
 searches in bfloat16, with the verdict in float32, as a user may; the peers have no such setting. one_pixel is compared
 by candidate images a second.
 """
@@ -12,6 +13,7 @@ by candidate images a second.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,7 +155,7 @@ def _as_strong(mine: Score, other: Score, race: Race) -> bool:
     if race.candidates:
         return True
     if race.minimal:
-        return mine.median <= 1.02 * other.median
+        return not _fails(other, race) and mine.median <= 1.02 * other.median
     return mine.accuracy <= other.accuracy + EQUAL
 
 
@@ -163,7 +165,7 @@ def _compare(
     rates = {library: _rate(found, race) for library, found in scores.items()}
     fair = {library: rate for library, rate in rates.items() if _as_strong(mine[0], scores[library][0], race)}
     peers = "; ".join(
-        [f"{library} {_cell(scores[library], race)}{'' if library in fair else ' (stronger than ours)'}"
+        [f"{library} {_cell(scores[library], race)}{'' if library in fair else _aside(scores[library][0], race)}"
          for library in rates] + [f"{library}: {why}" for library, why in failed.items()]
     )  # fmt: skip
     own = _cell(mine, race)
@@ -171,8 +173,17 @@ def _compare(
         return own, peers, "none", f"{race.goal:g}", "no comparison"
     best = max(fair, key=lambda library: fair[library])
     ratio = _rate(mine, race) / fair[best]
-    weaker = "" if len(fair) == len(rates) else ", weaker than one"
+    stronger = any(not _fails(scores[library][0], race) for library in rates if library not in fair)
+    weaker = ", weaker than one" if stronger else ""
     return own, peers, f"{ratio:.2f} ({best})", f"{race.goal:g}", ("met" if ratio >= race.goal else "missed") + weaker
+
+
+def _aside(other: Score, race: Race) -> str:
+    return " (turns fewer than half: no contestant)" if _fails(other, race) else " (stronger than ours)"
+
+
+def _fails(other: Score, race: Race) -> bool:
+    return race.minimal and not math.isfinite(other.median)
 
 
 def _cell(scores: list[Score], race: Race) -> str:
