@@ -65,8 +65,9 @@ def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]
         *(f"  {stage['what']} ({key})" for key, stage in plan.stages.items() if not stage["present"]),
     ]
     if times:
-        rest = f", and {unknown} of which nothing is known yet" if unknown else ""
-        lines.append(f"about {_time(sum(known))} by what such cells and stages took so far{rest}")
+        rest = f"; {unknown} of which nothing is known yet" if unknown else ""
+        took = f"about {_time(sum(known))} by what such cells and stages took so far" if known else "time"
+        lines.append(took + rest)
     return "\n".join(lines)
 
 
