@@ -66,7 +66,7 @@ def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]
     ]
     if times:
         rest = f"; {unknown} of which nothing is known yet" if unknown else ""
-        took = f"about {_time(sum(known))} by what such cells and stages took so far" if known else "time"
+        took = f"about {_time(sum(known))} by what such cells and stages took so far" if known else "time unknown"
         lines.append(took + rest)
     return "\n".join(lines)
 
