@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from src import records as store
 from src.errors import UserError
 from src.keys import file_digest
@@ -49,7 +51,8 @@ def scan(root: Path, cells: Iterable[Record] = ()) -> list[Stage]:
                              if key in whole and key != stage.key)  # fmt: skip
     needs: Counter[str] = Counter()
     for cell in cells:
-        needs.update(_reachable(cell.uses, whole))
+        # Records of earlier versions name the models only.
+        needs.update(_reachable(cell.uses or cell.stages.values(), whole))
     for key, stage in whole.items():
         stage.users = needs[key]
     return stages
@@ -91,6 +94,18 @@ def _reachable(keys: Iterable[str], stages: dict[str, Stage]) -> set[str]:
             found.add(key)
             waiting += stages[key].reads
     return found
+
+
+def _held(stage: Stage) -> bool:
+    """Whether a process is making this stage right now."""
+    key = stage.key.removeprefix(".").removesuffix(".partial")
+    lock = FileLock(stage.path.with_name(f".{key}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def damage(stage: Stage) -> list[str]:
@@ -152,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "verify":
             return _verify(stages, broken)
         if options.command == "gc":
-            stages = [stage for stage in stages if stage.leftover or not stage.users]
+            stages = [stage for stage in stages if not stage.users and not _held(stage)]
         _print(stages)
         total = human(sum(stage.size for stage in stages))
         if options.command == "ls":
@@ -160,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif not stages:
             print("nothing to free: every stage is needed by a record")
         elif not options.yes:
-            print(f"{len(stages)} that no record needs, {total}. Free them with: python -m src.stages gc --yes")
+            print(f"{len(stages)} that no record needs, {total}. Free them with the same command and --yes")
         else:
             for stage in stages:
                 shutil.rmtree(stage.path)

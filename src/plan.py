@@ -53,7 +53,7 @@ def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]
     """
     cells = [cell for cell in plan.cells.values() if not cell["present"]]
     stages = [stage for stage in plan.stages.values() if not stage["present"]]
-    before = [(_shape(asdict_of(record)), record.wall_seconds) for record in records if record.status == "done"]
+    before = [(_shape(_facts(record)), record.wall_seconds) for record in records if record.status == "done"]
     made = [((str(meta["what"]), str(meta["kind"])), float(meta["seconds"])) for meta in metas]
     times = [_estimate(_shape(cell), before) for cell in cells]
     times += [_estimate((stage["what"], stage["kind"]), made) for stage in stages]
@@ -71,7 +71,7 @@ def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]
     return "\n".join(lines)
 
 
-def asdict_of(record: Record) -> dict[str, Any]:
+def _facts(record: Record) -> dict[str, Any]:
     return {name: getattr(record, name) for name in ("attack", "defense", "access", "dataset")}
 
 

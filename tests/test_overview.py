@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from src import records
 from src.overview import human, main, scan
@@ -80,6 +81,19 @@ def test_gc_shows_first_and_frees_only_what_nothing_needs(root: Path, capsys: py
     assert left == {"aaaa", "bbbb"}
     assert main(["gc", "--artifacts", str(root)]) == 0
     assert "nothing to free" in capsys.readouterr().out
+
+
+def test_gc_spares_what_is_being_made_and_what_older_records_name(root: Path) -> None:
+    (root / "defense" / ".dddd.partial").mkdir()
+    old = records.load(root / "records" / "eeee.json").model_copy(update={"uses": [], "stages": {"defense": "cccc"}})
+    records.save(old, root / "records")
+    with FileLock(root / "defense" / ".dddd.lock"):
+        assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+    assert (root / "defense" / ".dddd.partial").exists()
+    assert (root / "defense" / "cccc").exists()
+    assert not (root / "defense" / "bbbb").exists()
+    assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+    assert not (root / "defense" / ".dddd.partial").exists()
 
 
 def test_a_folder_without_artifacts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
