@@ -54,7 +54,10 @@ bench-parity: peers  ## Are our attacks as strong as other libraries'? ARGS="--r
 bench-attacks: peers  ## Are our attacks faster than other libraries'? ARGS="--root DIR"
 	$(PEERS)/bin/python -W ignore -m benchmarks.attacks $(ARGS)
 
-bench: bench-train bench-parity bench-attacks  ## All benchmarks
+bench-twos: setup  ## Which share of MNIST twos do targeted attacks turn into sixes? ARGS="--root DIR"
+	$(BIN)/python -W ignore -m benchmarks.twos $(ARGS)
+
+bench: bench-train bench-parity bench-attacks bench-twos  ## All benchmarks
 
 pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproject.toml
 	$(COMPILE) --output-file requirements.txt
@@ -64,4 +67,4 @@ pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproje
 clean:  ## Remove the environment and caches (never outputs, artifacts or data)
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup demo test test-full lint format peers bench-train bench-parity bench-attacks bench pins clean
+.PHONY: help setup demo test test-full lint format peers bench-train bench-parity bench-attacks bench-twos bench pins clean

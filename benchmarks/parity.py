@@ -105,7 +105,7 @@ def _minimal() -> list[Row]:
         peer("torchattacks", "CW", steps=200),
         peer("art", "CarliniL2Method", max_iter=200, binary_search_steps=9),
     )
-    rows.append(Row("cw", "l2", L2, carlini, minimal=True, images=200))
+    rows.append(Row("cw", "l2", L2, carlini, minimal=True, images=50))
     for norm, eps in (("l0", 10.0), ("l1", L1), ("l2", L2), ("linf", LINF)):
         peers = (peer("foolbox", "FMN", steps=100), peer("adv_lib", "fmn", steps=100))
         rows.append(Row("fmn", norm, eps, peers, minimal=True))
