@@ -212,7 +212,7 @@ def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -
     data = [] if "digits" in name else ["dataset=npz", f"dataset.root={random_sets / name.split('_')[0]}.npz"]
     outcome = ok(command(*QUIET, f"+experiment={name}", *data, "+debug=quick", "eot_draws=2"))
     found = records.find(outcome.runs())
-    assert len(found) >= 4
+    assert len(found) >= 2
     assert {record.status for record in found} == {"done"}
     if "cifar_pgd" in name:
         assert 8 / 255 in {record.eps for record in found}
@@ -221,8 +221,16 @@ def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -
         assert found[0].config["attack"]["steps"] == 40
 
 
-@pytest.mark.parametrize("classifier", sorted(set(choices("classifier")) - {"torchvision", "vgg16_bn", "resnet18"}))
-@pytest.mark.parametrize("defense", choices("defense"))
+SMALL_NETWORKS = sorted(set(choices("classifier")) - {"torchvision", "vgg16_bn", "resnet18"})
+PAIRS = [
+    # Each defense with one of them in the default run, with the others in the full one.
+    pytest.param(classifier, defense, marks=[] if (row + column) % len(SMALL_NETWORKS) == 0 else [pytest.mark.slow])
+    for row, defense in enumerate(choices("defense"))
+    for column, classifier in enumerate(SMALL_NETWORKS)
+]
+
+
+@pytest.mark.parametrize(("classifier", "defense"), PAIRS)
 def test_every_small_classifier_goes_with_every_defense(
     command: Command, random_sets: Path, classifier: str, defense: str
 ) -> None:

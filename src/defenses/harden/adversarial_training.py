@@ -156,12 +156,12 @@ class AdversarialTraining(Harden):
 
 
 def trades(clean: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """TRADES from the logits ``(B, classes)`` of clean and attacked images: Zhang et al. 2019, eq. 5."""
+    """TRADES from the logits ``(B, classes)`` of clean and attacked images: Zhang et al. 2019."""
     return F.cross_entropy(clean, labels) + beta * _divergence(clean, attacked).mean()
 
 
 def mart(clean: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """MART from the logits ``(B, classes)`` of clean and attacked images: Wang et al. 2020, eq. 10."""
+    """MART from the logits ``(B, classes)`` of clean and attacked images: Wang et al. 2020."""
     own = labels[:, None]
     best_other = attacked.softmax(dim=1).scatter(1, own, 0.0).amax(dim=1)
     boosted = F.cross_entropy(attacked, labels, reduction="none") - (1 - best_other).clamp_min(1e-6).log()

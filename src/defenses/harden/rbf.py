@@ -16,7 +16,7 @@ class RBF(Harden):
     """The bare classifier's network, trained anew under a layer of radial basis functions.
 
     Paper: Zadeh, Hosseini, Sra 2018, "Deep-RBF Networks Revisited: Robust Classification with Rejection",
-    https://arxiv.org/abs/1812.03190 (SoftML loss, eq. 6); the layer: LeCun et al. 1998,
+    https://arxiv.org/abs/1812.03190 (SoftML loss); the layer: LeCun et al. 1998,
     https://doi.org/10.1109/5.726791, section II.B. A class answers with the squared distance of the features' code to
     its centre; the nearest wins. An image far from every class may be rejected.
 
