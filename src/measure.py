@@ -231,12 +231,9 @@ class Bench:
         return {name: round(figure, 6) for name, figure in found.items() if figure is not None}
 
     def _left_out(self, access: Access) -> dict[str, float]:
-        """How many members of an ensemble could not be used."""
         closed = self.subject.defended.gradient == "none" if access is Access.WHITE_BOX else access is Access.BLACK_BOX
-        members = getattr(self.attack, "members", None)
-        if not closed or not isinstance(members, dict):
-            return {}
-        return {"members_left_out": float(sum(each.needs == "gradient" for each in members.values()))}
+        left = attack_checks.members_left_out(self.attack) if closed else None
+        return {} if left is None else {"members_left_out": left}
 
     @cached_property
     def _certified(self) -> dict[str, Any]:

@@ -29,10 +29,11 @@ MAY_IMPORT = {
     "report": {"records", "checks", "tables", "frame", "analysis", "errors"},
     "analysis": {"records", "tables", "errors", "analysis"},
     "data": {"threat", "errors", "records", "data"},
-    "classifiers": {"threat", "errors", "recipe", "classifiers"},
+    "classifiers": {"threat", "errors", "keys", "recipe", "classifiers"},
     "attacks": {"threat", "errors", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
-    "callbacks": {"attacks", "checks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config", "plan"},
+    "callbacks": {"attacks", "checks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config"}
+    | {"plan"},
 }
 
 

@@ -221,7 +221,9 @@ def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -
         assert found[0].config["attack"]["steps"] == 40
 
 
-@pytest.mark.parametrize("classifier", sorted(set(choices("classifier")) - {"torchvision", "vgg16_bn", "resnet18"}))
+@pytest.mark.parametrize(
+    "classifier", sorted(set(choices("classifier")) - {"own", "torchvision", "vgg16_bn", "resnet18"})
+)
 @pytest.mark.parametrize("defense", choices("defense"))
 def test_every_small_classifier_goes_with_every_defense(
     command: Command, random_sets: Path, classifier: str, defense: str

@@ -92,4 +92,4 @@ def _rise(high: Record, low: Record) -> float:
     one, two = high.robust_accuracy or 0.0, low.robust_accuracy or 0.0
     middle = (one + two) / 2
     chance = 1.645 * math.sqrt(2 * middle * (1 - middle) / n) if n else math.inf
-    return one - two if one - two > chance else 0.0
+    return round(one - two, 6) if one - two > chance else 0.0

@@ -89,7 +89,7 @@ def loss_rising(look: Look) -> float | None:
     if single or not look.by_gradient or look.threat.targeted or not look.threat.eps:
         return None
     path, held = loss_path(look)
-    if int(held.sum()) < HELD:
+    if len(path) < 3 or int(held.sum()) < HELD:
         return None
     loss = path[:, held].double().mean(dim=1)
     rise = float(loss[-1] - loss[0])
@@ -100,7 +100,8 @@ def loss_rising(look: Look) -> float | None:
 def loss_path(look: Look) -> tuple[Tensor, Tensor]:
     """Cross-entropy at each pass of one start of the attack, ``(passes, B)``, and which images hold in the end.
 
-    Of the images got right; the first row is the clean images'. No image leaves when it is turned.
+    Of the images got right; the first row is the clean images'. No image leaves when it is turned. No rows where the
+    model answers at random and gets others right the second time.
     """
     images, labels = look.images[look.right], look.labels[look.right]
     watched = Watched(look.target, labels)
@@ -108,7 +109,14 @@ def loss_path(look: Look) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed_of(look.seed, 1))
     threat = replace(look.threat, exhaust=True)
     made = attack(watched, images, labels, threat, generator=generator, search=look.search)
-    return torch.stack(watched.losses[:-1]), ~made.success.cpu()  # the last pass is the verdict, of the same images
+    kept = watched.losses[:-1]  # the last pass is the verdict, of the same images
+    return torch.stack(kept) if kept else torch.empty(0, len(images)), ~made.success.cpu()
+
+
+def members_left_out(attack: Attack) -> float | None:
+    """How many attacks of an ensemble cannot be used on a model that gives no gradient."""
+    members = getattr(attack, "members", None)
+    return float(sum(each.needs == "gradient" for each in members.values())) if isinstance(members, dict) else None
 
 
 class Watched(nn.Module):
