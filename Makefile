@@ -28,6 +28,10 @@ test: setup  ## The default tests: no network, no data beyond what packages bund
 test-full: setup  ## The slow tests as well
 	$(BIN)/python -m pytest -q -n auto -m 'slow or not slow'
 
+test-checks: setup  ## Do planted faults raise their flags? Prints faults by flags, then runs those tests
+	$(BIN)/python -W ignore -m tests.planted
+	$(BIN)/python -m pytest -q tests/test_checks.py
+
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
@@ -67,4 +71,4 @@ pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproje
 clean:  ## Remove the environment and caches (never outputs, artifacts or data)
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup demo test test-full lint format peers bench-train bench-parity bench-attacks bench-twos bench pins clean
+.PHONY: help setup demo test test-full test-checks lint format peers bench-train bench-parity bench-attacks bench-twos bench pins clean

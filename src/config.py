@@ -87,6 +87,7 @@ class Job(Strict):
     eval_batch_size: PositiveInt
     eot_draws: PositiveInt
     search_precision: typing.Literal["32-true", "bf16-mixed"] | None
+    checks: typing.Literal["cheap", "full"] = "cheap"
     dataset: dict[str, Any]
     classifier: dict[str, Any]
     surrogate: dict[str, Any] | None

@@ -111,6 +111,12 @@ def check_devices(config: Mapping[str, Any]) -> None:
         )
 
 
+def device(config: Mapping[str, Any]) -> torch.device:
+    """Where work outside the Trainer belongs, by the config of the Trainer."""
+    accelerator = config.get("accelerator", "auto")
+    return torch.device("cuda" if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available() else "cpu")
+
+
 def fit(
     module: Classifier | Defense,
     data: ImageDataModule,

@@ -88,6 +88,7 @@ def _plan(job: config.Job, names: dict[str, str], out: Path, in_sweep: bool) -> 
 def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
     from src import pipeline, report, tables
+    from src.checks.across import across
     from src.subject import Names
     from src.tracking import NoTracker
 
@@ -96,6 +97,9 @@ def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Recor
     with config.build(job.logger, "logger", tags=tags) as tracker:
         for record in pipeline.run(job, Names(**names), out, tracker):
             done.append(record)
+        done[:] = across(done)
+        for record in done:
+            records.save(record, out / "records")
         written = report.write_report(done, out / "records", out)
         tracker.log_config(job.model_dump(mode="json"))
         tracker.log_table(done)

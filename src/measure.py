@@ -20,7 +20,13 @@ from src.attacks.base import Attack
 from src.callbacks.attack_callback import AttackCallback, Replay
 from src.callbacks.collect import Collect
 from src.certificate import certified
+from src.checks import attack as attack_checks
+from src.checks import data as data_checks
+from src.checks import model as model_checks
+from src.checks import probe
+from src.checks.look import Look
 from src.config import Job, build
+from src.data.augment import to_float
 from src.data.base import ImageDataModule
 from src.errors import UserError
 from src.keys import content_key, source_digest
@@ -32,7 +38,8 @@ from src.threat import Access, ThreatModel
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 32  # first images among which the examples are chosen
+CHECKS = (probe, model_checks, attack_checks, data_checks, Look)
+LOOKED_AT = {"cheap": 64, "full": 256}  # first images that the checks, and the examples, are taken from
 
 
 class Bench:
@@ -49,6 +56,7 @@ class Bench:
         self.search = torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
         self._check_access()
         self._common = list(stages.used)  # what every cell was made from
+        self._once: dict[Access, dict[str, float]] = {}  # checks of the model that each access attacks
 
     def cell(self, eps: float, access: Access, folder: Path) -> Record:
         """The record of a cell, found in the cache or measured; a copy with its pictures lands in ``folder``."""
@@ -114,7 +122,8 @@ class Bench:
             attack=self._attack_parts(threat),
             access=access,
             draws=self._draws,
-            source=source_digest(type(self.subject.defended), Collect, Bench, to_record),
+            checks=self.job.checks,
+            source=source_digest(type(self.subject.defended), Collect, Bench, to_record, *CHECKS),
         )
 
     @property
@@ -158,7 +167,7 @@ class Bench:
             **self._certified,
             stages=self.keys,
             uses=sorted({*self._common, *self.stages.used}),
-            flags=self._skipped(access),
+            checks=self._checks(threat, access, made, seen),
             wall_seconds=round(time.perf_counter() - started, 3),
         )
         log.info("%s %s eps %.4g %s: robust accuracy %.4f (n=%d)", self.names.defense, self.names.attack,
@@ -173,13 +182,58 @@ class Bench:
         bare = defended if self.bare else self._test(self.subject.classifier)
         return defended | {"bare": bare["prediction"], "defended": defended["prediction"]}
 
-    def _skipped(self, access: Access) -> list[str]:
-        """Says of an ensemble that not all of it could be used."""
+    def _checks(self, threat: ThreatModel, access: Access, made: Table, seen: Table) -> dict[str, float]:
+        """Figures of the sanity checks of a cell."""
+        device = fit.device(self.job.trainer)
+        look = self._look(threat, access, made, seen, device)
+        models = (look.target.to(device), look.model.to(device))
+        try:
+            if access not in self._once:
+                self._once[access] = probe.take(look, probe.ONCE, full=self._full)
+            own = self._once[access] | probe.take(look, probe.EACH, full=self._full)
+        finally:
+            for model in models:
+                model.cpu()
+        return self._of_data | own | self._left_out(access)
+
+    def _look(self, threat: ThreatModel, access: Access, made: Table, seen: Table, device: torch.device) -> Look:
+        defended = self.subject.defended
+        white = access is Access.WHITE_BOX
+        target = {Access.GRAY_BOX: self.subject.classifier, Access.TRANSFER: self.subject.surrogate}.get(access)
+        first = self.data.test.batch(range(min(len(self.data.test), LOOKED_AT[self.job.checks])))
+        return Look(
+            target=target or self._target(access),
+            model=defended,
+            images=to_float(first["image"]).to(device),
+            labels=first["label"].to(device),
+            attacked=seen["image"][: len(first["label"])].to(device),
+            turned=made["success"][: len(first["label"])],
+            attack=self.attack,
+            threat=threat,
+            search=self.search,
+            exact=not white or defended.gradient == "exact",
+            stochastic=defended.stochastic,
+            draws=self._draws if white else 1,
+            seed=self.job.seed,
+        )
+
+    @property
+    def _full(self) -> bool:
+        return self.job.checks == "full"
+
+    @cached_property
+    def _of_data(self) -> dict[str, float]:
+        """Figures that are the same for every cell."""
+        found = {
+            "test_in_training": data_checks.test_in_training(self.data, full=self._full),
+            "threshold_not_clean": data_checks.threshold_not_clean(self.subject.defended, self.data),
+        }
+        return {name: round(figure, 6) for name, figure in found.items() if figure is not None}
+
+    def _left_out(self, access: Access) -> dict[str, float]:
         closed = self.subject.defended.gradient == "none" if access is Access.WHITE_BOX else access is Access.BLACK_BOX
-        members = getattr(self.attack, "members", None)
-        if not closed or not isinstance(members, dict):
-            return []
-        return [f"no_gradient_{name}_left_out" for name, each in members.items() if each.needs == "gradient"]
+        left = attack_checks.members_left_out(self.attack) if closed else None
+        return {} if left is None else {"members_left_out": left}
 
     @cached_property
     def _certified(self) -> dict[str, Any]:
@@ -221,7 +275,7 @@ class Bench:
 
     @property
     def _few(self) -> dict[str, int | None]:
-        return {"image": LOOKED_AT, "clean": LOOKED_AT}
+        return dict.fromkeys(("image", "clean"), LOOKED_AT[self.job.checks])
 
     def _stored(self, model: Any, role: str, threat: ThreatModel, target: torch.nn.Module | None = None) -> Path:
         """Attacked images kept as a stage: those on a classifier serve every defense, minimal ones every eps."""
@@ -231,7 +285,7 @@ class Bench:
         what = f"examples {self.names.attack} {threat.norm} eps {threat.eps:.4g} on {role}"
 
         def make(folder: Path) -> None:
-            keep = {"image": None, "clean": None if self.attack.minimal else LOOKED_AT}
+            keep = {"image": None, "clean": None if self.attack.minimal else LOOKED_AT["full"]}
             self._test(model, self._callback(threat, target), path=folder / "examples.pt", keep=keep)
 
         return self.stages.make("examples", content_key(**parts), what=what, build=make, about=parts)

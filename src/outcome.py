@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from src.checks.flags import raised
 from src.config import Job
 from src.defenses.guarded import DefendedModel
 from src.records import Record, wilson
@@ -23,7 +24,15 @@ Table = dict[str, Tensor]  # one row an image of the test split, in its order
 
 
 def to_record(
-    job: Job, *, clean: Table, made: Table, seen: Table, threat: ThreatModel, access: Access, **known: Any
+    job: Job,
+    *,
+    clean: Table,
+    made: Table,
+    seen: Table,
+    threat: ThreatModel,
+    access: Access,
+    checks: dict[str, float],
+    **known: Any,
 ) -> Record:
     """Count.
 
@@ -31,18 +40,17 @@ def to_record(
         clean: ``label``, and the classes that the ``bare`` and the ``defended`` model give the clean images.
         made: verdicts and costs of the attack, on the model it was aimed at.
         seen: what the defended model makes of the attacked images; the same table when that was its target.
+        checks: figures of the sanity checks; that of the interval's width is added here.
         known: further fields of the record: names, keys, time.
     """
     label = clean["label"]
-    right, held = clean["defended"] == label, seen["prediction"] == label
+    right, held = clean["defended"] == label, has_held(clean, seen)
     detection = _detection(clean, seen, right) if "behind" in seen else {}
-    # A rejected image does no harm, but a system that rejects the clean image already has not held.
-    if "behind" in seen:
-        held = right & (held | seen["rejected"])
     turned = right & made["attempted"] & ~held
     if threat.targeted:  # reached on the attacked model, and by the defended one's answer as well
         turned &= made["success"] & (seen["prediction"] == made["prediction"])
     low, high = wilson(int(held.sum()), len(label))
+    checks = checks | {"few_images": round(high - low, 6)}
     worked = made.get("found", made["attempted"])
     on_bare = (made["prediction"] == label) if access is Access.GRAY_BOX else None
     return Record(
@@ -71,12 +79,21 @@ def to_record(
         backward_passes=_over(made["backward_passes"], made["attempted"], "mean"),
         attack_ms_per_image=_over(made["attack_seconds"] * 1e3, made["attempted"], "mean"),
         defense_ms_per_image=float(clean["seconds"].mean() * 1e3),
+        checks=checks,
+        flags=raised(checks),
         config=job.model_dump(mode="json"),
         versions={name: version(name) for name in ("torch", "pytorch-lightning", "hydra-core", "numpy")},
         host=platform.node(),
         device=str(job.trainer.get("accelerator", "auto")),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def has_held(clean: Table, seen: Table) -> Tensor:
+    """``(n,)`` whether the defended model withstood the attack on each image."""
+    held = seen["prediction"] == seen["label"]
+    # A rejected image does no harm, but a system that rejects the clean image already has not held.
+    return (clean["defended"] == clean["label"]) & (held | seen["rejected"]) if "behind" in seen else held
 
 
 @torch.no_grad()
@@ -111,6 +128,7 @@ def to_sidecar(
         "label": clean["label"],
         "clean_prediction": clean["defended"],
         "prediction": seen["prediction"],
+        "held": has_held(clean, seen),
         **{name: made[name] for name in ("attempted", "distance", "forward_passes", "backward_passes")},
     }
     names = np.array([*classes, "rejected"] if defended.rejects else classes, dtype=np.str_)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from src.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: checks
 
 
 class Record(BaseModel):
@@ -68,7 +68,8 @@ class Record(BaseModel):
     # Where the defense certifies: share of the first certified_n images right and certified at each l2 radius.
     certified_n: int | None = None
     certified: dict[str, float] | None = None
-    flags: list[str] = Field(default_factory=list)  # sanity checks that were raised
+    checks: dict[str, float] = Field(default_factory=dict)  # figures of the sanity checks that were taken
+    flags: list[str] = Field(default_factory=list)  # those that were raised, see docs/checks.md
 
     stages: dict[str, str] = Field(default_factory=dict)  # kind of stage → its content key
     uses: list[str] = Field(default_factory=list)  # keys of all stages that the cell was made from

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from src import records as store
+from src.checks.across import across
 from src.errors import UserError
 from src.records import Record
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in options.paths:
             if not path.exists():
                 raise UserError(f"{path}: no such file or folder. Expected the output folder of a run or a sweep")
-        cells = store.find(options.paths)
+        cells = across(store.find(options.paths))
         if not cells:
             names = ", ".join(str(path) for path in options.paths)
             raise UserError(f"{names}: no records found. Expected a folder that holds records/*.json at some depth")

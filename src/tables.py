@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src import records as store
+from src.checks.flags import unreliable
 from src.records import Record
 
 if TYPE_CHECKING:  # rich takes a while to import; `--help` must not wait for it
@@ -32,6 +33,11 @@ class Row:
         record = self.cells.get(access)
         return record if record is not None and record.status == "done" else None
 
+    def sound(self, access: str) -> Record | None:
+        """A cell whose figure means what it says."""
+        record = self.done(access)
+        return None if record is None or unreliable(record.flags) else record
+
     @property
     def any_done(self) -> Record | None:
         return next((r for r in self.cells.values() if r.status == "done"), None)
@@ -39,7 +45,7 @@ class Row:
     @property
     def bare(self) -> tuple[float, float, float] | None:
         """Accuracy and interval of the bare classifier; only gray_box images are aimed at it."""
-        record = self.done("gray_box")
+        record = self.sound("gray_box")
         if record is None or record.correct_attacked_bare is None or record.n == 0:
             return None
         return record.correct_attacked_bare / record.n, *store.wilson(record.correct_attacked_bare, record.n)
@@ -47,7 +53,7 @@ class Row:
     @property
     def gap(self) -> float | None:
         """``gray_box`` minus ``white_box``, a fraction."""
-        gray, white = self.done("gray_box"), self.done("white_box")
+        gray, white = self.sound("gray_box"), self.sound("white_box")
         if gray is None or white is None or gray.robust_accuracy is None or white.robust_accuracy is None:
             return None
         return gray.robust_accuracy - white.robust_accuracy
@@ -103,6 +109,8 @@ def _accuracy(row: Row, access: str, separator: str) -> str:
     record = row.cells.get(access)
     if record is None or record.status == "failed":
         return "-" if record is None else "failed"
+    if unreliable(record.flags):
+        return "unreliable"
     return _with_interval(record.robust_accuracy, record.robust_accuracy_low, record.robust_accuracy_high, separator)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from src import fit
 from src.callbacks.attack_callback import AttackCallback
+from src.classifiers import own
 from src.classifiers.module import Classifier
 from src.classifiers.whitening import patch_covariance
 from src.config import Job, Trained, asked, build, split
@@ -73,7 +74,12 @@ class Workshop:
         smoothing = trained.label_smoothing
         module = Classifier(network=network, num_classes=self.data.spec.num_classes, label_smoothing=smoothing)
         if trained.checkpoint is not None:
-            return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint")
+            key = self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint")
+        if getattr(network, "is_trained", False):  # somebody's own: its code counts as well as its weights
+            module.eval()
+            return module, f"own-{own.digest(network)}"
+        if trained.checkpoint is not None:
+            return module, key
         if trained.fit is None:
             raise UserError(f"{group}.fit: missing; it says how to train, see conf/fit/default.yaml")
         what = f"{what} on {self.data.spec.name}"

@@ -22,15 +22,18 @@ MAY_IMPORT = {
     "keys": set(),
     "recipe": set(),
     "records": {"errors"},
-    "tables": {"records"},
+    "checks": {"attacks", "data", "defenses", "threat", "errors", "keys", "records", "uncertainty", "checks"},
+    "uncertainty": {"records"},
+    "tables": {"records", "checks"},
     "frame": {"records"},
-    "report": {"records", "tables", "frame", "analysis", "errors"},
+    "report": {"records", "checks", "tables", "frame", "analysis", "errors"},
     "analysis": {"records", "tables", "errors", "analysis"},
     "data": {"threat", "errors", "records", "data"},
-    "classifiers": {"threat", "errors", "recipe", "classifiers"},
+    "classifiers": {"threat", "errors", "keys", "recipe", "classifiers"},
     "attacks": {"threat", "errors", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
-    "callbacks": {"attacks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config", "plan"},
+    "callbacks": {"attacks", "checks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config"}
+    | {"plan"},
 }
 
 

@@ -221,7 +221,7 @@ def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -
         assert found[0].config["attack"]["steps"] == 40
 
 
-SMALL_NETWORKS = sorted(set(choices("classifier")) - {"torchvision", "vgg16_bn", "resnet18"})
+SMALL_NETWORKS = sorted(set(choices("classifier")) - {"own", "torchvision", "vgg16_bn", "resnet18"})
 PAIRS = [
     # Each defense with one of them in the default run, with the others in the full one.
     pytest.param(classifier, defense, marks=[] if (row + column) % len(SMALL_NETWORKS) == 0 else [pytest.mark.slow])

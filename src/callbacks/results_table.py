@@ -74,6 +74,7 @@ class ResultsTable(Callback):
 
 def gather(config: DictConfig) -> int:
     """Do all of the above for a finished sweep and return how many cells failed."""
+    from src.checks.across import across
     from src.report import write_report
     from src.tables import print_table
 
@@ -88,6 +89,7 @@ def gather(config: DictConfig) -> int:
             print(f"error: {reason}", file=sys.stderr)
         return len(refused)
     records, problems = collect(sweep)
+    records = across(records)
     print_table(records)
     paths = write_report(records, sweep, sweep)
     failed = sum(record.status == "failed" for record in records)

@@ -1,0 +1,273 @@
+"""Anybody's model, judged: ``python -m src.audit TARGET --dataset digits [KEY=VALUE ...]``.
+
+TARGET is one of: ``package.module:callable`` that gives a torch module (images in [0, 1] → logits); the ``weights.pt``
+of a stage of ours, classifier or defense; the output folder of a run; a state dict, with ``classifier=NAME`` or
+``--config`` to say of what; the name of a pretrained model of torchvision, or of timm where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from src.errors import UserError
+
+KEPT = ("dataset", "classifier", "defense", "surrogate", "seed", "eot_draws", "+experiment", "paths")
+FIXED = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
+RADII = ("linf", "l2")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 1 for wrong input, told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m src.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", metavar="TARGET")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of src.train, such as dataset.root=DIR")
+    parser.add_argument("--dataset", help="one of conf/dataset; a run's folder has its own")
+    parser.add_argument("--config", type=Path, help="YAML that says what network a state dict belongs to")
+    parser.add_argument(
+        "--threat", action="append", metavar="NORM[:EPS]", help="default: linf and l2, the dataset's own"
+    )
+    parser.add_argument("--attack", help="default: autoattack, or what suits a random or closed defense")
+    parser.add_argument("--images", type=int, default=500, help="test images, 0 for all (default: 500)")
+    parser.add_argument("--out", type=Path, help="where records, tables and figures go (default: outputs/audit-TIME)")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        print(audit(options))
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on from here", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def audit(options: argparse.Namespace) -> str:
+    """Measure the target under each threat model and say what was found.
+
+    Raises:
+        UserError: a target, dataset or threat that cannot be used.
+    """
+    from src import pipeline, report
+    from src.checks.across import across
+    from src.measure import Bench
+    from src.stages import Stages
+    from src.subject import Names
+    from src.tracking import NoTracker
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore")
+    subject = subject_of(options.target, options.config) + list(options.overrides)
+    if options.dataset:
+        subject.append(f"dataset={options.dataset}")
+    if not any(item.startswith(("dataset=", "+experiment=")) for item in subject):
+        raise UserError("--dataset: missing; name one of conf/dataset, such as --dataset digits")
+    limit = [f"limit.test_images={options.images}"] if options.images else []
+    common = ["defense=none", "checks=full", *FIXED, *limit, *subject]
+
+    job, chosen = composed([*common, "attack=noise", "threat=linf", "threat.eps=0"])
+    names = Names(**{kind: chosen[kind] for kind in ("dataset", "classifier", "defense")}, attack="noise")
+    stages = Stages(Path(job.paths.artifacts))
+    first, _ = pipeline.prepare(job, names, stages, NoTracker())
+    defended = first.subject.defended
+    attack = options.attack or _attack(defended.gradient, defended.stochastic)
+    access = "[white_box]" if first.bare else "[gray_box,white_box]"
+    out = options.out or Path("outputs") / f"audit-{datetime.now():%Y-%m-%d-%H-%M-%S}"
+
+    records = []
+    for threat in options.threat or RADII:
+        norm, _, eps = threat.partition(":")
+        radius = [f"threat.eps={eps}"] if eps else []
+        job, _ = composed([*common, f"attack={attack}", f"threat={norm}", *radius, f"threat.access={access}"])
+        names = Names(**{**vars(names), "attack": attack})
+        bench = Bench(job, names, first.data, stages, first.subject)
+        radii = job.eps(first.data.spec.eps.get(job.norm, ()))
+        if not radii:
+            raise UserError(f"--threat {threat}: {names.dataset} has no radius of its own; give one, as {norm}:0.5")
+        records += [bench.cell(max(radii), each, out / "records") for each in job.access]
+    records = across(records)
+    report.write_report(records, out / "records", out)
+    return verdict(options.target, records, out, commands([*subject], first.bare, records))
+
+
+def _attack(gradient: str, stochastic: bool) -> str:
+    return "square" if gradient == "none" else "autoattack_rand" if stochastic else "autoattack"
+
+
+def composed(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
+    """The validated job of these overrides, and the names of what was chosen."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from src import config
+    from src.train import CONF
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            whole = compose("train", overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    chosen = {str(name): str(value) for name, value in whole.hydra.runtime.choices.items()}
+    plain = {name: whole[name] for name in whole if name != "hydra"}
+    from omegaconf import OmegaConf
+
+    return config.parse(OmegaConf.create(plain)), chosen
+
+
+def subject_of(target: str, config: Path | None) -> list[str]:
+    """The overrides that choose the target.
+
+    Raises:
+        UserError: nothing of that name, or weights of which it is not said what network they belong to.
+    """
+    path = Path(target)
+    if (path / ".hydra" / "overrides.yaml").is_file():
+        from omegaconf import OmegaConf
+
+        given = [str(item) for item in OmegaConf.load(path / ".hydra" / "overrides.yaml")]
+        return [item for item in given if item.startswith(KEPT)]
+    if path.is_file():
+        return _weights(path, config)
+    if ":" in target:
+        return ["classifier=own", f"classifier.model={target}"]
+    for source in ("torchvision", "timm"):
+        if target in _names(source):
+            return ["classifier=own", f"classifier.model={source}:{target}"]
+    raise UserError(
+        f"{target}: not a file, the folder of a run, module:callable, or a model of torchvision or an installed timm"
+    )
+
+
+def _names(source: str) -> list[str]:
+    try:
+        if source == "timm":
+            import timm  # type: ignore[import-not-found, unused-ignore]
+
+            return list(timm.list_models())
+        from torchvision import models
+
+        return list(models.list_models(module=models))
+    except ImportError:
+        return []
+
+
+def _weights(path: Path, config: Path | None) -> list[str]:
+    from omegaconf import OmegaConf
+
+    checkpoint = f"checkpoint={_value(str(path.absolute()))}"
+    if config is not None:
+        if not config.is_file():
+            raise UserError(f"--config {config}: no such file; expected YAML with a _target_, or the config of a run")
+        node: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+        node = node.get("classifier", node) if isinstance(node, dict) else {}
+        if "_target_" not in node:
+            raise UserError(f"--config {config}: says no _target_ of a network, nor has it a classifier that does")
+        return [*_choice("classifier", node), f"classifier.{checkpoint}"]
+    meta = path.parent / "meta.json"
+    if not meta.is_file():
+        return [f"classifier.{checkpoint}"]  # of the classifier that the overrides choose
+    found = json.loads(meta.read_text())
+    kind, about = found["kind"], found["about"]
+    if kind not in ("classifier", "defense"):
+        raise UserError(f"{path}: {found['what']}; expected the weights of a classifier or a defense")
+    chosen = [*_choice(kind, about["node"]), f"{kind}.{checkpoint}"]
+    beside = path.parent.parent.parent / "classifier" / str(about.get("classifier")) / "weights.pt"
+    return [*(_weights(beside, None) if kind == "defense" and beside.is_file() else []), *chosen]
+
+
+def _choice(group: str, node: Mapping[str, Any]) -> list[str]:
+    """Overrides that make the same node: the choice named like its module, and all its arguments."""
+    name = str(node["_target_"]).split(".")[-2]
+    known = {"fit", "checkpoint", "trained_on", "_target_", "label_smoothing"}
+    return [f"{group}={name}", *(f"{group}.{key}={_value(value)}" for key, value in node.items() if key not in known)]
+
+
+def _value(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_value(item)}" for key, item in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def commands(subject: Sequence[str], bare: bool, records: Sequence[Any]) -> list[str]:
+    """Five commands that look further."""
+    from src.tables import format_eps
+
+    base = [] if any(item.startswith("defense=") for item in subject) else ["defense=none"]
+    base += list(subject)
+    first = records[0]
+    at = [f"threat={first.norm}", f"threat.eps={format_eps(first.eps)}"]
+    lines = (
+        ["attack=pgd", at[0]],  # the curve over all radii, with pictures
+        [f"attack={first.attack}", *at, "checks=full"],  # all test images
+        ["attack=square", *at, "threat.access=black_box"],
+        ["attack=fmn", "threat=l2", "threat.access=white_box"],
+        ["attack=pgd", *at, "threat.access=transfer", "+classifier@surrogate=cnn3"],
+    )
+    return [shlex.join(["python", "-m", "src.train", *base, *line]) for line in lines]
+
+
+def verdict(target: str, records: Sequence[Any], out: Path, further: Iterable[str]) -> str:
+    """What was found, in words."""
+    from src.checks.flags import FLAGS, unreliable
+    from src.records import wilson
+    from src.tables import format_eps, percent
+
+    first = records[0]
+
+    def figure(right: int, n: int) -> str:
+        low, high = wilson(right, n)
+        return f"{percent(right / n)} % [{percent(low)}, {percent(high)}]"
+
+    lines = [
+        f"\nAudit of {target} ({first.classifier}, defense {first.defense}): {first.n} test images of {first.dataset}",
+        f"clean accuracy                     {figure(first.correct_defended, first.n)}",
+    ]
+    if first.defense != "none":
+        lines.append(f"  without the defense              {figure(first.correct_bare, first.n)}")
+    groups: dict[tuple[str, float | None], list[Any]] = {}
+    for record in records:
+        groups.setdefault((record.norm, record.eps), []).append(record)
+    for (norm, eps), cells in groups.items():
+        told = figure(_worst(cells, out), first.n)
+        if any(unreliable(cell.flags) for cell in cells):
+            told = f"unreliable (at most {told})"
+        lines.append(f"worst case, {norm} {format_eps(eps):<8} {cells[0].attack:<14} {told}")
+    raised = {flag: record for record in records for flag in record.flags}
+    lines.append("flags: none" if not raised else "flags (docs/checks.md):")
+    for flag, record in raised.items():
+        weight = "decisive" if FLAGS[flag].decisive else "advice"
+        lines.append(f"  {flag} = {record.checks[flag]:.3g} ({weight}): {FLAGS[flag].says}")
+    lines += [f"records, tables and figures: {out}", "to look further:", *(f"  {line}" for line in further)]
+    return "\n".join(lines)
+
+
+def _worst(cells: Sequence[Any], out: Path) -> int:
+    """Images that hold in every cell."""
+    import numpy as np
+
+    held = []
+    for cell in cells:
+        with np.load(out / "records" / f"{cell.key}.npz") as arrays:
+            held.append(arrays["held"])
+    return int(np.logical_and.reduce(held).sum())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sanity checks: does a figure mean what it says? What each flag means stands in docs/checks.md."""

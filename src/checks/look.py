@@ -1,0 +1,96 @@
+"""What the checks look at: a few images, the model under attack, and what the attack made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from src.attacks.base import Attack
+from src.attacks.gradients import gradient
+from src.errors import UserError
+from src.keys import seed_of
+from src.threat import ThreatModel
+
+
+@dataclass(kw_only=True)
+class Look:
+    """A cell, seen from nearby.
+
+    Attributes:
+        target: the model under attack as the attacker meets it, ``(B, C, H, W) → logits``, in eval mode.
+        model: the model that gives the verdict; with a last column for rejection where it ``rejects``.
+        images, labels: clean images of the test split.
+        attacked: what the attack made of them.
+        turned: ``(B,)`` whether the attack met its goal on ``target``.
+        attack, threat, search: what attacked.
+        exact: the target's gradient is declared true, not replaced.
+        stochastic: the verdict is declared to vary from draw to draw.
+        draws: passes that the target averages over.
+        seed: of all that a check draws.
+    """
+
+    target: nn.Module
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    attacked: Tensor
+    turned: Tensor
+    attack: Attack
+    threat: ThreatModel
+    search: torch.dtype = torch.float32
+    exact: bool = True
+    stochastic: bool = False
+    draws: int = 1
+    seed: int = 0
+
+    def run(self, attack: Attack, threat: ThreatModel) -> Tensor:
+        """``(B,)`` whether another attack meets its goal on the target."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, 1))
+        return attack(
+            self.target, self.images, self.labels, threat, generator=generator, search=self.search
+        ).success.cpu()
+
+    def seeded(self, draw: int = 0) -> None:
+        """Set the global random state, so that a model which draws from it answers the same again."""
+        torch.manual_seed(seed_of(self.seed, 2, draw))
+
+    @property
+    def members(self) -> list[Attack]:
+        """The attack, or those it is made of."""
+        return members_of(self.attack, self.threat)
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether the attack differentiates the target."""
+        able = getattr(self.target, "differentiable", True)
+        return able and any(each.needs == "gradient" for each in self.members)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Of the target, on the clean images."""
+        self.seeded()
+        with torch.no_grad():
+            return self.target(self.images).float()
+
+    @cached_property
+    def right(self) -> Tensor:
+        """``(B,)`` which clean images the target gets right."""
+        return self.logits.argmax(dim=1) == self.labels
+
+    @cached_property
+    def slope(self) -> Tensor | None:
+        """Gradient of the cross-entropy at the clean images; None where none comes through."""
+        self.seeded()
+        try:
+            return gradient(self.target, self.images, self.labels, self.threat)[1]
+        except UserError:
+            return None
+
+
+def members_of(attack: Attack, threat: ThreatModel) -> list[Attack]:
+    members = getattr(attack, "members", None)
+    members = members(threat.norm) if callable(members) else members
+    return list(members.values()) if isinstance(members, dict) else [attack]

@@ -1,0 +1,133 @@
+"""Checks of a model: are its gradients there and true, are its answers logits, does its verdict stand?
+
+Each takes a :class:`~src.checks.look.Look` and returns a figure, or None where it does not apply.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from src.attacks.gradients import gradient, margin
+from src.checks.look import Look
+
+SATURATED = -70.0  # log of the probability left to the other classes: e^-70 times a weight or two is lost in float32
+STEP = 5e-4  # of finite differences, in [0, 1] pixels: larger meets the kinks of ReLUs, smaller float32's rounding
+ALONE = 16  # images shown one by one
+DRAWS = 4
+
+
+def gradient_missing(look: Look) -> float | None:
+    """Share of the images whose gradient is zero, NaN or the same at all pixels."""
+    if not look.by_gradient:
+        return None
+    if look.slope is None:
+        return 1.0
+    flat = look.slope.flatten(1)
+    missing = ~torch.isfinite(flat).all(dim=1) | (flat.amax(dim=1) == flat.amin(dim=1))
+    return _share(missing)
+
+
+def gradient_untrue(look: Look) -> float | None:
+    """Share of the images along whose gradient the margin changes by less than half or more than twice what it says."""
+    if not (look.by_gradient and look.exact and look.slope is not None):
+        return None
+    middle = look.images.clamp(STEP, 1 - STEP)
+    look.seeded()
+    slope = gradient(look.target, middle, look.labels, look.threat, margin)[1].nan_to_num()
+    if look.threat.targeted:
+        slope = -slope
+    drawn = torch.rand(middle.shape, generator=torch.Generator().manual_seed(look.seed)).to(middle.device) - 0.5
+    way = torch.where(slope == 0, drawn.sign(), slope.sign())  # where it says nothing, any way should change nothing
+    values = [_margin(look, middle + sign * STEP * way) for sign in (1, -1)]
+    true, told = (values[0] - values[1]) / (2 * STEP), slope.abs().flatten(1).sum(dim=1)
+    rounding = 1e-6 * _margin(look, middle).abs().clamp_min(1) / STEP
+    agrees = ((true >= 0.5 * told) & (true <= 2 * told)) | ((true - told).abs() <= 4 * rounding)
+    return _share(~agrees)
+
+
+@torch.no_grad()
+def _margin(look: Look, images: Tensor) -> Tensor:
+    look.seeded()
+    return margin(look.target(images).float(), look.labels)
+
+
+def logits_saturated(look: Look) -> float | None:
+    """Share of the images got right whose cross-entropy has no gradient that float32 resolves."""
+    if not (look.by_gradient and bool(look.right.any())):
+        return None
+    logits, labels = look.logits[look.right], look.labels[look.right]
+    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)
+    return _share(others < SATURATED)
+
+
+@torch.no_grad()
+def softmax_as_logits(look: Look) -> float | None:
+    """Share of the images whose logits are a probability distribution."""
+    look.seeded()
+    logits = look.model(look.images).float()
+    if getattr(look.model, "rejects", False):
+        logits = logits[:, :-1]
+    return _share((logits.amin(dim=1) >= 0) & ((logits.sum(dim=1) - 1).abs() < 1e-4))
+
+
+@torch.no_grad()
+def random_without_eot(look: Look) -> float | None:
+    """Share of the images whose logits differ between two passes, where the attack takes one."""
+    averaging = any(getattr(each, "eot_iter", 1) > 1 for each in look.members)
+    if not look.by_gradient or look.draws > 1 or averaging:
+        return None
+    look.seeded(0)
+    one = look.target(look.images).float()
+    look.seeded(1)
+    return _share(_differ(one, look.target(look.images).float()))
+
+
+@torch.no_grad()
+def redraws_disagree(look: Look) -> float | None:
+    """Share of the attacked images that are right in some draws of the defense and wrong in others."""
+    if not look.stochastic:
+        return None
+    right = []
+    for draw in range(DRAWS):
+        look.seeded(draw)
+        right.append(look.model(look.attacked).argmax(dim=1) == look.labels)
+    votes = torch.stack(right).sum(dim=0)
+    return _share((votes > 0) & (votes < DRAWS))
+
+
+@torch.no_grad()
+def batch_changes_verdict(look: Look) -> float | None:
+    """Share of the clean images that get another class alone than in a batch."""
+    if look.stochastic:
+        return None
+    look.seeded(0)
+    together = look.model(look.images).float()
+    look.seeded(1)
+    if bool(_differ(together, look.model(look.images).float()).any()):
+        return None  # answers at random, which another check says
+    few = look.images[:ALONE]
+    alone = torch.cat([look.model(image).float() for image in torch.split(few, 1)])
+    return _share(alone.argmax(dim=1) != together[: len(few)].argmax(dim=1))
+
+
+@torch.no_grad()
+def bf16_changes_verdict(look: Look) -> float | None:
+    """Share of the clean images that get another class in bfloat16."""
+    if look.stochastic:
+        return None
+    look.seeded()
+    exact = look.model(look.images).argmax(dim=1)
+    look.seeded()
+    with torch.autocast(look.images.device.type, dtype=torch.bfloat16):
+        rough = look.model(look.images).argmax(dim=1)
+    return _share(exact != rough)
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """By more than the order of a sum may change."""
+    return ((one - other).abs() > 1e-4 * one.abs().amax(dim=1, keepdim=True) + 1e-6).any(dim=1)
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.double().mean())

@@ -1,0 +1,335 @@
+"""Known faults of defenses, attacks and data, and the flags they raise; ``python -m tests.planted`` prints them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.attacks.base import Attack
+from src.attacks.gradients import gradient
+from src.attacks.pgd import PGD
+from src.attacks.square import Square
+from src.attacks.worst_case import WorstCase
+from src.checks import attack as attack_checks
+from src.checks import data as data_checks
+from src.checks import probe
+from src.checks.across import across
+from src.checks.flags import FLAGS, raised
+from src.checks.look import Look
+from src.data.augment import to_float
+from src.data.base import DataSpec, Split
+from src.data.digits import Digits
+from src.defenses.base import Detector
+from src.defenses.guarded import DefendedModel
+from src.records import Record, wilson
+from src.threat import Norm, ThreatModel
+
+LINF = ThreatModel(norm=Norm.LINF, eps=0.15)
+STRONG = PGD(steps=20)
+
+
+class Net(nn.Module):
+    """A small network whose parts the faults replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 128), nn.Linear(128, 10)
+
+    def activation(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.activation(self.first(x.flatten(1) - 0.3)))
+
+
+class Quantised(Net):
+    """Activations on a grid: no gradient gets through."""
+
+    def activation(self, x: Tensor) -> Tensor:
+        return (x.relu() * 8).round() / 8 + 0 * x
+
+
+class StraightThrough(Net):
+    """As quantised, behind a gradient that is not its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + ((x * 2).round() / 2 - x).detach())
+
+
+class Detached(Net):
+    """A purifier that forgets its gradient but for a trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        smooth = F.avg_pool2d(x, 3, stride=1, padding=1)
+        return super().forward(0.01 * x + (x + 0.2 * (smooth - x) - 0.01 * x).detach())
+
+
+class Saturated(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e3 * super().forward(x)
+
+
+class Probabilities(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(dim=1)
+
+
+class Random(Net):
+    """Noise on the way that nobody declares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.3 * torch.randn_like(x))
+
+
+class Neighbours(Net):
+    """Statistics over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(dim=0) + 0.3)
+
+
+class Offset(Net):
+    """Logits around ten thousand, where bfloat16 tells only steps of 64 apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(super().forward(x), torch.eye(10), torch.full((10,), 10_000.0))
+
+
+class NotANumber(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x**2).sqrt())  # at 0 the gradient is 0 times infinity
+
+
+class OneMean(Net):
+    """The gradient is the same at all pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach() + (x - x.detach()).mean(dim=(1, 2, 3), keepdim=True))
+
+
+class Reversed(Attack):
+    """PGD with the sign of its step reversed."""
+
+    norms = frozenset({Norm.LINF})
+    steps = 20
+
+    def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
+        now = x
+        for _ in range(self.steps):
+            _, slope = gradient(model, now, y, threat)
+            now = threat.project(x, now - threat.radius(x) / 8 * slope.sign())
+        return now
+
+
+class Guess(Attack):
+    """Corners of the ball drawn at random, one a restart."""
+
+    norms = frozenset({Norm.LINF})
+    needs = "labels"
+    restarts = 2
+
+    def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
+        best = x
+        with torch.no_grad():
+            for _ in range(self.restarts):
+                sign = (torch.rand(x.shape, generator=generator) - 0.5).sign()
+                made = threat.project(x, x + threat.eps * sign)
+                turned = (model(made).argmax(dim=1) != y).view(-1, 1, 1, 1)
+                best = torch.where(turned, made, best)
+        return best
+
+
+class Leaky(Digits):
+    """A tenth of the test images are trained on."""
+
+    def load(self) -> tuple[DataSpec, Split, Split]:
+        spec, train, test = super().load()
+        some = test.take(slice(0, len(test) // 10))
+        labels = torch.cat([train.labels, some.labels])
+        return spec, Split(images=torch.cat([train.images, some.images]), labels=labels), test  # type: ignore[list-item]
+
+
+class Brightness(Detector):
+    def score(self, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+
+@functools.cache
+def digits() -> Digits:
+    data = Digits()
+    data.prepare()
+    return data
+
+
+@functools.cache
+def weights(adversarial: bool) -> dict[str, Tensor]:
+    """Of a network trained in seconds, on PGD's images where ``adversarial``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, everything = Net(), digits().train.batch(range(len(digits().train)))
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        images, labels = to_float(everything["image"]), everything["label"]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(15 if adversarial else 8):
+            for rows in torch.randperm(len(labels), generator=generator).split(64):
+                x = images[rows]
+                if adversarial:
+                    x = PGD(steps=5).perturb(net, x, labels[rows], LINF, generator=generator)
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), labels[rows]).backward()
+                optimizer.step()
+    return net.state_dict()
+
+
+def trained(kind: type[Net] = Net, *, adversarial: bool = True) -> Net:
+    """A network, sound or faulty, with weights that are sound."""
+    net = kind()
+    net.load_state_dict(weights(adversarial), strict=False)
+    return net.eval()
+
+
+def seen(
+    model: nn.Module, attack: Attack = STRONG, threat: ThreatModel = LINF, *, count: int = 64, **declared: Any
+) -> dict[str, float]:
+    """Figures of all checks of a model under an attack, as a cell would have them with ``checks=full``."""
+    batch = digits().test.batch(range(count))
+    images, labels = to_float(batch["image"]), batch["label"]
+    made = attack(model, images, labels, threat)
+    look = Look(
+        target=model, model=model, images=images, labels=labels, attacked=made.images, turned=made.success,
+        attack=attack, threat=threat, **declared,
+    )  # fmt: skip
+    return probe.take(look, (*probe.ONCE, *probe.EACH), full=True)
+
+
+def cell(right: int, n: int = 359, **changes: Any) -> Record:
+    low, high = wilson(right, n)
+    known: dict[str, Any] = {
+        "dataset": "digits", "classifier": "cnn3", "defense": "vae", "attack": "pgd", "norm": "linf", "eps": 0.1,
+        "access": "white_box", "seed": 0, "n": n, "robust_accuracy": right / n, "robust_accuracy_low": low,
+        "robust_accuracy_high": high, "config": {"attack": {"steps": 40}},
+    } | changes  # fmt: skip
+    return Record(**{"key": f"{right}{changes}"} | known)
+
+
+def side_by_side(*cells: Record) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for record in across(cells):
+        found |= record.checks
+    return found
+
+
+def threshold(*, attacked: bool) -> dict[str, float]:
+    batch = digits().val.batch(range(len(digits().val)))
+    clean = to_float(batch["image"])
+    shown = (clean + 0.2).clamp(0, 1) if attacked else clean
+    defended: DefendedModel = Brightness(fpr=0.1).guard(trained())
+    defended.set_thresholds(defended.scores(shown))
+    return {"threshold_not_clean": data_checks.threshold_not_clean(defended, digits()) or 0.0}
+
+
+def leak(data: Digits) -> dict[str, float]:
+    data.prepare()
+    return {"test_in_training": data_checks.test_in_training(data, full=False) or 0.0}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something broken on purpose.
+
+    Attributes:
+        look: takes the checks and returns their figures.
+        flags: those it must raise; it may raise others as well.
+    """
+
+    look: Callable[[], dict[str, float]]
+    flags: tuple[str, ...] = ()
+
+
+SHORT = PGD(steps=4, step=0.01)
+CLOSED = WorstCase(members={"pgd": PGD(), "square": Square()})
+FGSM_CELL = {"attack": "fgsm", "config": {"attack": {"steps": 1}}}
+
+SOUND: dict[str, Fault] = {
+    "adversarially trained, PGD": Fault(lambda: seen(trained(), count=256)),
+    "the same, Square": Fault(lambda: seen(trained(), Square(queries=300))),
+    "the same in l2": Fault(lambda: seen(trained(), PGD(steps=20), ThreatModel(norm=Norm.L2, eps=0.5))),
+    "cells in order": Fault(
+        lambda: side_by_side(cell(200), cell(150, eps=0.2), cell(240, access="gray_box"), cell(230, **FGSM_CELL))
+    ),
+    "threshold of clean images": Fault(lambda: threshold(attacked=False)),
+    "the digits": Fault(lambda: leak(digits())),
+}
+
+PLANTED: dict[str, Fault] = {
+    "quantised activations": Fault(lambda: seen(trained(Quantised)), ("gradient_missing", "unbounded_holds")),
+    "NaN gradient": Fault(lambda: seen(trained(NotANumber)), ("gradient_missing",)),
+    "gradient of the mean only": Fault(lambda: seen(trained(OneMean)), ("gradient_missing",)),
+    "purifier detaches, declares exact": Fault(lambda: seen(trained(Detached)), ("gradient_untrue",)),
+    "straight-through, declares exact": Fault(lambda: seen(trained(StraightThrough)), ("gradient_untrue",)),
+    "saturated logits": Fault(lambda: seen(trained(Saturated)), ("logits_saturated",)),
+    "softmax for logits": Fault(lambda: seen(trained(Probabilities)), ("softmax_as_logits",)),
+    "random, undeclared": Fault(lambda: seen(trained(Random)), ("random_without_eot",)),
+    "random, one draw": Fault(lambda: seen(trained(Random), stochastic=True, draws=20), ("redraws_disagree",)),
+    "statistics over the batch": Fault(lambda: seen(trained(Neighbours)), ("batch_changes_verdict",)),
+    "logits around 10,000": Fault(lambda: seen(trained(Offset)), ("bf16_changes_verdict",)),
+    "PGD, sign reversed": Fault(
+        lambda: seen(trained(adversarial=False), Reversed(), ThreatModel(norm=Norm.LINF, eps=0.4)),
+        ("one_step_stronger", "noise_stronger", "unbounded_holds"),
+    ),
+    "PGD, too few steps": Fault(
+        lambda: seen(trained(adversarial=False), SHORT), ("steps_short", "loss_rising", "one_step_stronger")
+    ),
+    "too few restarts": Fault(
+        lambda: seen(trained(adversarial=False), Guess(), ThreatModel(norm=Norm.LINF, eps=0.4), count=256),
+        ("restarts_short",),
+    ),
+    "ensemble without gradients": Fault(
+        lambda: {"members_left_out": attack_checks.members_left_out(CLOSED) or 0.0}, ("members_left_out",)
+    ),
+    "more left at a larger eps": Fault(
+        lambda: side_by_side(cell(150), cell(200, eps=0.2)), ("accuracy_rises_with_eps",)
+    ),
+    "gray_box does more harm": Fault(
+        lambda: side_by_side(cell(200), cell(150, access="gray_box")), ("weaker_access_stronger",)
+    ),
+    "FGSM cell does more harm": Fault(lambda: side_by_side(cell(200), cell(150, **FGSM_CELL)), ("one_step_stronger",)),
+    "noise cell does more harm": Fault(
+        lambda: side_by_side(cell(200), cell(150, attack="noise", config={})), ("noise_stronger",)
+    ),
+    "twenty images": Fault(lambda: {"few_images": wilson(10, 20)[1] - wilson(10, 20)[0]}, ("few_images",)),
+    "threshold of attacked images": Fault(lambda: threshold(attacked=True), ("threshold_not_clean",)),
+    "test images trained on": Fault(lambda: leak(Leaky()), ("test_in_training",)),
+}
+
+
+def main() -> int:
+    """Print planted faults by flags; 1 where a fault stays unseen or something sound is flagged."""
+    names = list(FLAGS)
+    wrong, lines = 0, []
+    for name, fault in (SOUND | PLANTED).items():
+        found = raised(fault.look())
+        missing = set(fault.flags) - set(found)
+        alarm = bool(found) if name in SOUND else bool(missing)
+        wrong += alarm
+        marks = "  ".join(f"{'X' if flag in found else '!' if flag in missing else '.':>2}" for flag in names)
+        lines.append(f"{name:<36}{marks}{'  WRONG' if alarm else ''}")
+    print("\n".join(f"{number:>2}  {flag}" for number, flag in enumerate(names, start=1)))
+    print(f"\n{'':<36}{'  '.join(f'{number:>2}' for number in range(1, len(names) + 1))}")
+    print("\n".join(lines))
+    print("\nX raised, . not raised, ! planted and not raised")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,167 @@
+"""Every flag is raised by a fault planted for it, none by what is sound, and each has its paragraph."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from src import records, tables
+from src.attacks.pgd import PGD
+from src.checks import attack as attack_checks
+from src.checks import probe
+from src.checks.across import CHECKS, across
+from src.checks.flags import FLAGS, raised, unreliable
+from src.checks.look import Look
+from tests.conftest import ROOT, Outcome
+from tests.planted import LINF, PLANTED, SOUND, cell, seen, trained
+from tests.test_pipeline import QUIET, ok
+
+Command = Callable[..., Outcome]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_raises_its_flags(name: str) -> None:
+    assert set(PLANTED[name].flags) <= set(raised(PLANTED[name].look()))
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_is_sound_raises_none(name: str) -> None:
+    figures = SOUND[name].look()
+    assert raised(figures) == [], figures
+
+
+def test_every_flag_has_its_planted_fault_and_its_check() -> None:
+    assert {flag for fault in PLANTED.values() for flag in fault.flags} == set(FLAGS)
+    taken = {check.__name__ for check in (*probe.ONCE, *probe.EACH)} | set(CHECKS)
+    assert set(FLAGS) - taken == {"members_left_out", "few_images", "threshold_not_clean", "test_in_training"}
+
+
+def test_every_flag_has_its_paragraph() -> None:
+    text = (ROOT / "docs" / "checks.md").read_text()
+    parts = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    assert [part.split("\n")[0] for part in parts] == list(FLAGS)
+    for part in parts:
+        name = part.split("\n")[0]
+        for words in ("- Figure: ", "- Raised if: ", "- What it means: ", "- What to do: "):
+            assert words in part, f"{name}: {words}"
+        condition = part.split("- Raised if: ")[1].split("- What it means")[0]
+        assert ("Decisive" in condition) == FLAGS[name].decisive, name
+        assert ("Advice" in condition) != FLAGS[name].decisive, name
+        if name != "test_in_training":  # cheap for sets in memory
+            assert ("*full*" in condition) == FLAGS[name].full, name
+
+
+def test_cheap_checks_leave_out_those_that_repeat_the_attack() -> None:
+    assert {name for name, flag in FLAGS.items() if flag.full} == {
+        "steps_short", "restarts_short", "loss_rising", "bf16_changes_verdict"
+    }  # fmt: skip
+
+
+def test_the_loss_of_each_pass_is_kept() -> None:
+    """Of PGD: the clean image, the start and each step; it rises, and nobody leaves on the way."""
+    images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = trained()
+    labels = model(images).argmax(dim=1)
+    nothing = torch.zeros(16, dtype=torch.bool)
+    look = Look(
+        target=model, model=model, images=images, labels=labels, attacked=images, turned=nothing,
+        attack=PGD(steps=7, restarts=3, random_start=False), threat=LINF,
+    )  # fmt: skip
+    path, _ = attack_checks.loss_path(look)
+    assert path.shape == (1 + 7 + 1, 16)
+    torch.testing.assert_close(path[0], path[1])  # without a random start the first step begins at the image
+    assert (path[-1] > path[0]).all()
+
+
+def test_checks_leave_the_random_state_alone() -> None:
+    model, state = trained(), torch.get_rng_state()
+    seen(model, PGD(steps=2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- records and tables -----------------------------------------------------------------------------------------
+
+
+def test_across_twice_changes_nothing_and_keeps_the_order() -> None:
+    cells = [cell(200, eps=0.2), cell(150), cell(100, access="gray_box"), cell(90, status="failed")]
+    once = across(cells)
+    assert across(once) == once
+    assert [r.key for r in once] == [r.key for r in cells]
+    assert once[0].flags == ["accuracy_rises_with_eps"]
+    assert once[0].checks["accuracy_rises_with_eps"] == pytest.approx(50 / 359, abs=1e-6)
+    assert once[1].flags == ["weaker_access_stronger"]
+    assert once[3] == cells[3]
+
+
+@pytest.mark.parametrize(
+    "change", [{"variant": "attack.steps=5"}, {"seed": 1}, {"norm": "l2"}, {"n": 100}, {"stages": {"defense": "other"}}]
+)
+def test_only_like_is_compared(change: dict[str, Any]) -> None:
+    right = 50 if "n" in change else 150
+    assert [r.flags for r in across([cell(right, **change), cell(200, eps=0.2)])] == [[], []]
+
+
+@pytest.mark.parametrize("rise", [0, 5, 15])
+def test_a_rise_that_chance_explains_raises_nothing(rise: int) -> None:
+    """15 of 359 around one half are 1.1 standard deviations of a difference."""
+    assert across([cell(180), cell(180 + rise, eps=0.2)])[1].flags == []
+
+
+def test_a_cell_that_fails_a_decisive_check_shows_unreliable(tmp_path: Path) -> None:
+    gray = cell(300, access="gray_box", correct_attacked_bare=20)
+    broken = [gray, cell(310, flags=["gradient_missing"])]
+    advised = [gray, cell(310, flags=["few_images"])]
+    text = tables.write_markdown(broken, tmp_path / "r.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| digits"))
+    assert "unreliable" in row
+    assert "gradient_missing" in row
+    assert "86.4" not in row  # 310 of 359
+    assert tables.side_by_side(broken)[0].gap is None
+    text = tables.write_markdown(advised, tmp_path / "a.md").read_text()
+    assert "86.4" in text
+    assert not unreliable(["few_images"])
+
+
+def test_records_of_the_first_schema_still_load(tmp_path: Path) -> None:
+    path = records.save(cell(100, flags=["no_gradient_pgd_left_out"]), tmp_path)
+    old = json.loads(path.read_text())
+    del old["checks"]
+    path.write_text(json.dumps(old | {"schema_version": 1}))
+    found = records.load(path)
+    assert found.checks == {}
+    assert across([found])[0].flags == ["no_gradient_pgd_left_out"]
+    assert not unreliable(found.flags)
+
+
+def test_a_job_says_that_its_attack_fails(command: Command) -> None:
+    outcome = ok(
+        command(
+            *QUIET, "limit.epochs=3", "defense=none", "threat.eps=0.3", "threat.access=white_box", "attack.steps=2",
+            "attack.step=1e-4", "attack.random_start=false", "checks=full",
+        )
+    )  # fmt: skip
+    (run,) = outcome.runs()
+    (record,) = records.find([run])
+    assert {"one_step_stronger", "unbounded_holds"} <= set(record.flags)
+    assert record.checks["gradient_missing"] == record.checks["test_in_training"] == 0
+    assert {"steps_short", "loss_rising", "bf16_changes_verdict"} <= set(record.checks)
+    assert "unreliable" in (run / "results.md").read_text()
+    assert "unreliable" in outcome.out
+
+
+def test_a_threshold_by_hand_is_said(command: Command) -> None:
+    outcome = ok(
+        command(
+            *QUIET, "limit.epochs=3", "limit.test_images=50", "defense=squeezing_detector", "defense.threshold=100",
+            "threat.eps=0.1", "threat.access=gray_box", "attack.steps=3",
+        )
+    )  # fmt: skip
+    (record,) = records.find(outcome.runs())
+    assert "threshold_not_clean" in record.flags
+    assert record.checks["threshold_not_clean"] == pytest.approx(0.05)

@@ -1,0 +1,65 @@
+"""Intervals and tests against closed forms and published examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from src.uncertainty import exact, excess, over_seeds, paired
+from tests.planted import cell
+
+
+def outcomes(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    rows = [(1, 1)] * both + [(1, 0)] * first + [(0, 1)] * second + [(0, 0)] * neither
+    one, two = np.array(rows, dtype=bool).T
+    return one, two
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [  # Newcombe 1998, Statistics in Medicine 17:2635, table III, method 10
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((36, 14, 0, 0), 0.1528, 0.4167),
+    ],
+)
+def test_the_interval_of_a_paired_difference(counts: tuple[int, int, int, int], low: float, high: float) -> None:
+    found = paired(*outcomes(*counts))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)
+    assert found.difference == pytest.approx((counts[1] - counts[2]) / sum(counts))
+    other = paired(*reversed(outcomes(*counts)))
+    assert (other.low, other.high, other.p) == pytest.approx((-found.high, -found.low, found.p))
+
+
+def test_mcnemar_is_the_binomial_of_the_images_that_differ() -> None:
+    assert paired(*outcomes(50, 8, 2, 40)).p == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert exact(5, 0) == pytest.approx(1 / 32)
+    assert exact(0, 0) == 1
+
+
+def test_no_difference_is_no_evidence() -> None:
+    found = paired(*outcomes(30, 0, 0, 10))
+    assert found.p == 1
+    assert found.low <= found.difference == 0 <= found.high
+
+
+def test_an_excess_is_zero_where_chance_explains_it() -> None:
+    assert excess(*outcomes(10, 4, 0, 50)) == 0
+    assert excess(*outcomes(10, 6, 0, 48)) == pytest.approx(6 / 64)
+    assert excess(*outcomes(10, 0, 6, 48)) == 0
+
+
+@pytest.mark.parametrize("second", [[True], [[True, False]], []])
+def test_outcomes_that_do_not_pair_are_refused(second: list[object]) -> None:
+    with pytest.raises(ValueError, match="expected one of each"):
+        paired([True, False] if second else [], second)
+
+
+def test_over_seeds() -> None:
+    """Student's t with two degrees of freedom: 4.303 standard errors."""
+    cells = [cell(right, n=100, seed=seed) for seed, right in enumerate((40, 50, 60))]
+    alone, failed = cell(10, n=100, eps=0.3), cell(0, n=100, seed=3, status="failed")
+    (found,) = over_seeds([*cells, alone, failed])
+    assert (found.seeds, found.first.seed) == (3, 0)
+    assert found.mean == pytest.approx(0.5)
+    assert found.spread == pytest.approx(0.1)
+    assert found.high - found.mean == pytest.approx(4.3027 * 0.1 / 3**0.5, abs=1e-4)
