@@ -21,7 +21,7 @@ _SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def write_latex(records: Iterable[Record], path: Path) -> Path:
-    """Write ``results.tex``: a row per eps with the accesses side by side; what all rows share stands in the caption."""
+    """Write ``results.tex``: a row per eps, the accesses side by side; what all rows share is in the caption."""
     import pandas as pd
 
     cells = sorted(records, key=store.order)

@@ -43,7 +43,9 @@ def select(table: pd.DataFrame, where: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def pivot(table: pd.DataFrame, rows: Sequence[str], cols: Sequence[str], value: str = "robust_accuracy") -> pd.DataFrame:
+def pivot(
+    table: pd.DataFrame, rows: Sequence[str], cols: Sequence[str], value: str = "robust_accuracy"
+) -> pd.DataFrame:
     """One figure a place, as text: accuracies in percent, ``-`` where nothing was measured.
 
     Raises:

@@ -1,6 +1,6 @@
 """Records to tables, figures and one page: ``python -m src.report multirun/2026-01-31/12-00-00``.
 
-``python -m src.report wandb PATH...`` logs finished records to Weights & Biases instead. No model is loaded anywhere here.
+``python -m src.report wandb PATH...`` logs finished records to Weights & Biases instead. No model is loaded here.
 """
 
 from __future__ import annotations
@@ -167,9 +167,15 @@ def _relog(words: Sequence[str]) -> int:
         "--mode", choices=("offline", "online"), default="offline", help="online sends at once (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, help="where the runs are written (default: the first PATH)")
+    parser.add_argument(
+        "--dashboard", action="store_true", help="with --mode online: the workspace of docs/dashboard.md"
+    )
     options = parser.parse_args(words)
+    if options.dashboard and options.mode != "online":
+        raise UserError("--dashboard: a workspace lives on the server; add --mode online")
     cells = _found(options.paths)
     from src import relog
+    from src.tracking import group_of
 
     first: Path = options.paths[0]
     relog.relog(
@@ -178,9 +184,13 @@ def _relog(words: Sequence[str]) -> int:
         out=options.out or (first if first.is_dir() else first.parent),
         project=options.project,
         entity=options.entity,
-        group=options.group or (first if first.is_dir() else first.parent).resolve().name,
+        group=options.group or group_of((first if first.is_dir() else first.parent).resolve()),
         mode=options.mode,
     )
+    if options.dashboard:
+        from src import dashboard
+
+        print(dashboard.save(options.entity, options.project))
     return 0
 
 

@@ -74,18 +74,22 @@ _FADE: _Spec = {"condition": {"param": "single", "value": 1}, "value": 0.06}
 def _curves(accesses: list[str]) -> _Spec:
     x = _field("x", "eps")
     # An infinite eps has a place of its own at the right.
-    x["axis"] |= {"labelExpr": "edge > 0 && datum.value > edge * 1.1 ? '∞' : datum.label", "title": {"expr": "x_title"}}
+    x["axis"] |= {
+        "labelExpr": "edge > 0 && datum.value > edge ? '∞' : format(datum.value, '.3~g')",
+        "values": {"expr": "ticks"}, "labelOverlap": "greedy", "title": {"expr": "x_title"},
+    }  # fmt: skip
     x["scale"] = {"nice": False}
     dash: _Spec = {
-        "field": "access", "type": "nominal", "scale": {"domain": accesses, "range": [DASHES[name] for name in accesses]},
+        "field": "access", "type": "nominal",
+        "scale": {"domain": accesses, "range": [DASHES[name] for name in accesses]},
         "legend": {"title": "access", "orient": "bottom"},
     }  # fmt: skip
-    shared = {"x": x, "color": _COLOR, "detail": {"field": "series"}}
+    shared = {"x": x, "color": _COLOR, "detail": {"field": "path"}}
     return {
         "width": "container",
         "height": 380,
         "data": {"name": "cells"},
-        "params": [{"name": "edge", "value": 0}, {"name": "x_title", "value": "eps"}],
+        "params": [{"name": "edge", "value": 0}, {"name": "x_title", "value": "eps"}, {"name": "ticks", "value": []}],
         "layer": [
             {
                 "mark": {"type": "area", "opacity": 0.12},
@@ -100,7 +104,8 @@ def _curves(accesses: list[str]) -> _Spec:
             {
                 "params": [_SINGLE, _ZOOM],
                 "mark": {"type": "point", "filled": True, "size": 70},
-                "encoding": {**shared, "y": _field("accuracy", "accuracy (%)", **_PERCENT), "shape": _SHAPE,
+                "encoding": {**shared, "y": _field("accuracy", "accuracy (%)", **_PERCENT),
+                             "shape": {**_SHAPE, "legend": None},
                              "opacity": _FADE,
                              "tooltip": _tooltip(("series", "series"), ("eps", "eps"), ("accuracy", "text"),
                                                  ("images", "n"), ("flags", "flags"))},

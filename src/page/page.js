@@ -58,7 +58,7 @@ const table = new DataTable("#cells", {
   pageLength: 25,
   lengthMenu: [10, 25, 100, 500],
   layout: { topStart: "info", topEnd: "search", bottomStart: "pageLength", bottomEnd: "paging" },
-  language: { search: "Search", info: "_TOTAL_ cells, showing _START_ to _END_", infoFiltered: "of _MAX_", infoEmpty: "no cell", lengthMenu: "_MENU_ a page" },
+  language: { search: "Search", info: "_TOTAL_ rows, showing _START_ to _END_", infoFiltered: "of _MAX_", infoEmpty: "no row", lengthMenu: "_MENU_ a page" },
   createdRow: (element, row) => {
     element.dataset.key = row.key;
     element.classList.toggle("worst", value(row, "attack") === content.worst);
@@ -140,25 +140,30 @@ document.addEventListener("click", async (event) => {
 
 // --- hover
 const tip = document.getElementById("tip");
-function say(event) {
-  const element = event.target.closest?.("[data-tip]");
-  if (!element || !element.dataset.tip) return void (tip.hidden = true);
-  tip.textContent = element.dataset.tip;
-  tip.hidden = false;
-  const box = element.getBoundingClientRect();
+let told = null;
+function place() {
+  const box = told.getBoundingClientRect();
   const left = Math.max(6, Math.min(box.left, innerWidth - tip.offsetWidth - 6));
   const below = box.bottom + 6 + tip.offsetHeight < innerHeight;
   tip.style.left = `${left}px`;
   tip.style.top = `${below ? box.bottom + 6 : Math.max(6, box.top - tip.offsetHeight - 6)}px`;
 }
+function say(event) {
+  told = event.target.closest?.("[data-tip]");
+  tip.hidden = !told?.dataset.tip;
+  if (tip.hidden) return;
+  tip.textContent = told.dataset.tip;
+  place();
+}
 for (const kind of ["mouseover", "focusin"]) document.addEventListener(kind, say);
-for (const kind of ["scroll", "focusout"]) addEventListener(kind, () => (tip.hidden = true), true);
+document.addEventListener("focusout", () => (tip.hidden = true));
+addEventListener("scroll", () => tip.hidden || place(), true);
 
 // --- the charts show what the table's filters leave
 const charts = {};
 async function show(name, cells, signals = {}) {
   if (!charts[name]) { // made with its first rows: a logarithmic axis cannot start from none
-    const options = { mode: "vega-lite", actions: { export: true, source: false, compiled: false, editor: false } };
+    const options = { mode: "vega-lite", renderer: "canvas", actions: { export: true, source: false, compiled: false, editor: false } };
     charts[name] = (await vegaEmbed(`#${name}`, { ...content.charts[name], datasets: { cells } }, options)).view;
   } else charts[name].data("cells", cells);
   for (const [signal, setting] of Object.entries(signals)) charts[name].signal(signal, setting);
@@ -182,15 +187,17 @@ function lines(cells) {
   const points = [], started = new Set();
   for (const row of cells) {
     const eps = value(row, "eps"), series = named(row), n = value(row, "n");
-    const common = { series, defense: value(row, "defense"), access: value(row, "access"), n };
+    const common = { series, path: series, defense: value(row, "defense"), access: value(row, "access"), n };
     if (!started.has(series) && value(row, "clean") !== null) {
       started.add(series);
       const [low, high] = wilson(value(row, "clean"), n);
       points.push({ ...common, x: 0, eps: "0 (clean)", accuracy: value(row, "clean"), low, high, flags: "", text: `${percent(value(row, "clean"))} [${percent(low)}, ${percent(high)}]` });
     }
-    points.push({ ...common, x: eps === Infinity ? edge * 1.2 : eps, eps: row.eps, accuracy: value(row, "robust"), low: row.low, high: row.high, flags: value(row, "flags").join(", "), text: robustText(row) });
+    // An infinite eps is not joined to the line.
+    points.push({ ...common, path: eps === Infinity ? `${series} infinite` : series, x: eps === Infinity ? edge * 1.2 : eps, eps: row.eps, accuracy: value(row, "robust"), low: row.low, high: row.high, flags: value(row, "flags").join(", "), text: robustText(row) });
   }
-  return { points, edge: infinite ? edge : 0 };
+  const ticks = [0, ...new Set(radii), ...(infinite ? [edge * 1.2] : [])].sort((a, b) => a - b);
+  return { points, ticks, edge: infinite ? edge : 0 };
 }
 
 const select = document.getElementById("setting");
@@ -200,10 +207,10 @@ async function drawCurves(left) {
   select.replaceChildren(...settings.map((name) => new Option(name, name)));
   if (settings.includes(before)) select.value = before;
   const cells = left.filter((row) => settingOf(row) === select.value);
-  const { points, edge } = lines(cells);
+  const { points, ticks, edge } = lines(cells);
   const norm = cells.length ? value(cells[0], "norm") : "";
   const x_title = `eps (${norm}${norm === "l0" ? ", pixels changed" : ", pixels in [0, 1]"})`;
-  await show("curves", points, { edge, x_title });
+  await show("curves", points, { edge, ticks, x_title });
   const counts = [...new Set(cells.map((row) => value(row, "n")))].join(", ");
   document.getElementById("curves-caption").textContent = cells.length ? `n = ${counts} test images; bands are 95 % Wilson intervals; eps = 0 is the clean accuracy. Threat model: ${value(cells[0], "attack")}, ${value(cells[0], "aim")}, ${norm}. Drag to move, shift and wheel to zoom, double-click to reset.` : "No cell left by the filters.";
 }
