@@ -97,6 +97,7 @@ class Job(Strict):
     trainer: dict[str, Any]
     logger: dict[str, Any]
     callbacks: dict[str, Any]
+    split: typing.Literal["test", "validation"] = "test"  # images that are judged
     limit: Limit
     paths: Paths
     plan: bool = False  # say what would be done, and stop

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MEASURED = (
     "classifier@",
     "surrogate.",
+    "split",
     "eot_draws",
     "search_precision",
     "threat.quantize",
@@ -87,42 +88,34 @@ def _plan(job: config.Job, names: dict[str, str], out: Path, in_sweep: bool) -> 
 
 def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
-    from src import pipeline, report, tables
+    from src import pipeline, relog, report, tables
     from src.checks.across import across
     from src.subject import Names
     from src.tracking import NoTracker
 
-    tags = [names[key] for key in ("dataset", "classifier", "defense", "attack")] + [str(a) for a in job.access]
+    settings = job.model_dump(mode="json")
+    known = {
+        "tags": [*(job.logger.get("tags") or []), *(names[k] for k in ("dataset", "classifier", "defense", "attack")),
+                 *map(str, job.access)],
+        "run_id": job.logger.get("run_id") or relog.run_id(names, settings),
+    }  # fmt: skip
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     tracker: NoTracker
-    with config.build(job.logger, "logger", tags=tags) as tracker:
+    with config.build(job.logger, "logger", **known) as tracker:
         for record in pipeline.run(job, Names(**names), out, tracker):
             done.append(record)
         done[:] = across(done)
         for record in done:
             records.save(record, out / "records")
         written = report.write_report(done, out / "records", out)
-        tracker.log_config(job.model_dump(mode="json"))
-        tracker.log_table(done)
-        for path in written:
-            if path.suffix == ".png":
-                tracker.log_image(path.stem, path)
-        tracker.summary(_summary(done))
+        if any(record.created >= began for record in done):  # cells found in the cache have a run already
+            relog.log_job(tracker, done, settings, [path for path in written if path.suffix == ".png"])
     if not in_sweep:
         tables.print_table(done)
         print("\nWritten:")
         wandb_runs = sorted((out / "wandb").glob("*run-*"))
         for path in [out / "records", *written, *wandb_runs]:
             print(f"  {_short(path)}")
-
-
-def _summary(done: list[Record]) -> dict[str, float]:
-    """The final figures, one name a cell, as they stand in the summary of a W&B run."""
-    values: dict[str, float] = {}
-    for record in done:
-        values["clean_accuracy"] = record.clean_accuracy or 0.0
-        values["clean_accuracy_defended"] = record.clean_accuracy_defended or 0.0
-        values[f"robust_accuracy/{record.access}/eps_{record.eps:.4g}"] = record.robust_accuracy or 0.0
-    return values
 
 
 def explain(error: BaseException) -> str:

@@ -44,6 +44,8 @@ def prepare(job: Job, names: Names, stages: Stages, tracker: NoTracker) -> tuple
     fit.check_devices(job.trainer)
     data: ImageDataModule = build(job.dataset, "dataset")
     data.prepare()
+    if job.split == "validation":
+        data.judge_on_validation()
     data.eval_batch_size = job.eval_batch_size
     radii = job.eps(data.spec.eps.get(job.norm, ()))
     if not radii:

@@ -60,8 +60,9 @@ class Row:
 
     @property
     def notes(self) -> str:
-        """Flags of the sanity checks and, for what failed, why."""
+        """Flags of the sanity checks, for what failed why, and what a worst case was taken over."""
         notes = list(dict.fromkeys(flag for record in self.cells.values() for flag in record.flags))
+        notes += dict.fromkeys(r.reason for r in self.cells.values() if r.status == "done" and r.reason)
         reasons: dict[str, list[str]] = {}
         for access, record in self.cells.items():
             if record.status == "failed":
@@ -223,14 +224,14 @@ def print_table(records: Iterable[Record], console: Console | None = None) -> No
     if not rows:
         console.print("No cells: nothing was measured.")
         return
-    same, cells = _shared(_cells(rows, " "))
+    same, cells = _shared(text_columns(rows))
     unbounded = console.options.update(width=100_000, max_width=100_000)
     table = _rich_table(rows, cells)
     needed = Measurement.get(console, unbounded, table).maximum
     notes: list[str] = []
     width = console.width
     if needed > width and console.is_terminal:
-        _, cells = _shared(_cells(rows, "\n"))
+        _, cells = _shared(text_columns(rows, "\n"))
         notes = list(dict.fromkeys(filter(None, cells.get("notes", []))))
         cells |= {"notes": [str(notes.index(n) + 1) if n else "" for n in cells["notes"]]} if notes else {}
         table = _rich_table(rows, cells)
@@ -248,7 +249,8 @@ def print_table(records: Iterable[Record], console: Console | None = None) -> No
     console.print(Text("Robust accuracy in % with its 95 % interval; gap = gray_box - white_box."), soft_wrap=True)
 
 
-def _cells(rows: Sequence[Row], separator: str) -> dict[str, list[str]]:
+def text_columns(rows: Sequence[Row], separator: str = " ") -> dict[str, list[str]]:
+    """The table as text, column by column; ``separator`` stands between a figure and its interval."""
     columns: list[Column] = [*IDENTITY, *_measures(rows, separator), ("notes", lambda row: row.notes)]
     return {name: [value(row) for row in rows] for name, value in columns}
 

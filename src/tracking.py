@@ -56,6 +56,9 @@ class NoTracker:
     def log_curves(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:
         """Training curves after the fact, one mapping a step, numbered by its ``step`` or else its place."""
 
+    def log_radii(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Accuracy over eps, one mapping a radius, by its ``eps``."""
+
     def lightning_logger(self, prefix: str) -> Logger | bool:
         """What to hand to ``Trainer(logger=...)`` for the stage called ``prefix``; False for no logger."""
         return False
@@ -97,6 +100,7 @@ class Tracker(NoTracker):
         name: display name of the run; None lets W&B choose.
         tags: words to filter runs by.
         entity: W&B user or team; None is the default of the login.
+        run_id: of the run; one that exists already is continued. None lets W&B choose.
     """
 
     def __init__(
@@ -109,7 +113,10 @@ class Tracker(NoTracker):
         name: str | None = None,
         tags: list[str] | None = None,
         entity: str | None = None,
+        run_id: str | None = None,
     ) -> None:
+        self.run_id = run_id
+        self._live: set[str] = set()  # stages whose curves were logged while they trained
         self.project, self.mode, self.dir = project, mode, Path(dir)
         self.group, self.name, self.tags, self.entity = group, name, list(tags or []), entity
         self._run: wandb.Run | None = None
@@ -160,7 +167,7 @@ class Tracker(NoTracker):
             self.run.summary.update(dict(values))
 
     def log_curves(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:
-        if self.mode == "disabled":
+        if self.mode == "disabled" or prefix in self._live or not rows:
             return
         self._axis(prefix)
         for place, row in enumerate(rows):
@@ -171,7 +178,16 @@ class Tracker(NoTracker):
         if self.mode == "disabled":
             return False
         self._axis(prefix)
+        self._live.add(prefix)
         return _stage_logger(self.run, prefix, self.project, self.dir)
+
+    def log_radii(self, rows: Sequence[Mapping[str, float]]) -> None:
+        if self.mode == "disabled" or not rows:
+            return
+        self.run.define_metric("eps", hidden=True)
+        self.run.define_metric("robust/*", step_metric="eps")
+        for row in rows:
+            self.run.log({name if name == "eps" else f"robust/{name}": value for name, value in row.items()})
 
     def _axis(self, prefix: str) -> None:
         """Each stage has its own step axis: a second fit starts at 0 again, W&B's own step cannot."""
@@ -184,7 +200,7 @@ class Tracker(NoTracker):
         import wandb
 
         mode: Literal["offline", "online", "disabled"] = self.mode
-        if mode == "online" and (why := _no_login()):
+        if mode == "online" and (why := no_login()):
             self._say(why, "log in with `wandb login` or set WANDB_API_KEY")
             mode = "offline"
         if mode == "online":
@@ -214,7 +230,7 @@ class Tracker(NoTracker):
         try:
             return wandb.init(
                 project=self.project, entity=self.entity, group=self.group or sweep_group(), name=self.name,
-                tags=self.tags, dir=str(self.dir), mode=mode, settings=settings,
+                tags=self.tags, dir=str(self.dir), mode=mode, settings=settings, id=self.run_id, resume="allow",
             )  # fmt: skip
         finally:
             sys.exit, sys.excepthook = hooks
@@ -235,7 +251,7 @@ class Tracker(NoTracker):
         print(f"W&B: {why}; this run goes on offline. To send it later: {mend}, then `{sync}`", flush=True)
 
 
-def _no_login() -> str:
+def no_login() -> str:
     """Why W&B could not log in without asking; empty when it can. The same look-up that W&B makes itself."""
     import wandb
     from wandb.sdk.lib import wbauth

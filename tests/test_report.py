@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from src import frame, report, tables
+from src import frame, report, sidecars, tables
 from src import records as store
 from src.analysis import curves, pictures
 from src.callbacks import results_table
@@ -194,7 +194,7 @@ def test_pictures_show_the_largest_finite_eps_under_both_accesses(tmp_path: Path
     records = [*pair(0.1), *pair(0.2), *pair(math.inf), cell(0.5)]  # 0.5 has no white_box
     for record in records:
         sidecar(record, tmp_path)
-    shown = pictures.choose(records, pictures.sidecars([tmp_path]))
+    shown = pictures.choose(records, sidecars.find([tmp_path]))
     assert [(r.eps, r.access) for r in shown] == [(0.2, "gray_box"), (0.2, "white_box")]
     path = pictures.picture_grid(records, tmp_path, tmp_path / "p.png")
     assert path is not None

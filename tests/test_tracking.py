@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,27 @@ def run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tra
     )
 
 
-def history(folder: Path) -> list[dict[str, Any]]:
-    """The logged rows, from the run's record stream: LevelDB's log format after a header of 7 bytes."""
+@dataclass
+class Run:
+    """What an offline run file holds."""
+
+    name: str = ""
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+    exit: int | None = None
+
+
+def read_run(folder: Path) -> Run:
+    """The record stream of a run: W&B's own messages, in LevelDB's log format after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, place, rows, parts = path.read_bytes(), 7, [], b""
+    (path,) = folder.glob("run-*.wandb")
+    data, place, parts, run = path.read_bytes(), 7, b"", Run()
     while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:
             place += 32768 - place % 32768
@@ -98,30 +114,45 @@ def history(folder: Path) -> list[dict[str, Any]]:
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         parts += data[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record.FromString(parts)
-            parts = b""
-            if record.history.item:
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-            if record.HasField("exit"):
-                rows.append({"exit": record.exit.exit_code})
-    return rows
+        if kind not in (1, 4):  # a whole record, or the last part of one
+            continue
+        record = wandb_internal_pb2.Record.FromString(parts)
+        parts = b""
+        if record.HasField("run"):
+            run.name, run.group, run.tags = record.run.display_name, record.run.run_group, list(record.run.tags)
+        for told in (record.run.config, record.config):
+            run.config |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in told.update}
+        run.summary |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.summary.update}
+        if record.history.item:
+            row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+            run.history.append(row)
+        if record.HasField("exit"):
+            run.exit = record.exit.exit_code
+    for file in folder.glob("files/media/table/*.table.json"):
+        text = file.read_text()
+        run.tables[file.name.split("_")[0]] = json.loads(text, parse_constant=lambda n: pytest.fail(f"{n} is no JSON"))
+    run.images = [file.name for file in folder.glob("files/media/images/*.png")]
+    return run
+
+
+def only_run(folder: Path) -> Run:
+    (found,) = folder.glob("wandb/offline-run-*")
+    return read_run(found)
 
 
 def test_table_holds_columns_and_rows(run: tuple[Path, Tracker, list[str]]) -> None:
-    (path,) = run[0].glob("wandb/offline-run-*/files/media/table/*.table.json")
-    table = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    table = only_run(run[0]).tables["results"]
     assert table["columns"] == list(COLUMNS)
     assert [row[COLUMNS.index("eps")] for row in table["data"]] == [0.1, "inf"]
     assert [row[COLUMNS.index("detection_auc")] for row in table["data"]] == [None, None]
 
 
 def test_pictures_are_kept(run: tuple[Path, Tracker, list[str]]) -> None:
-    assert len(list(run[0].glob("wandb/offline-run-*/files/media/images/picture*.png"))) == 1
+    assert [name.split("_")[0] for name in only_run(run[0]).images] == ["picture"]
 
 
 def test_each_stage_has_its_own_axis(run: tuple[Path, Tracker, list[str]]) -> None:
-    rows = history(run[0])
+    rows = only_run(run[0]).history
     for stage in ("classifier", "defense"):
         assert [row[f"{stage}/step"] for row in rows if f"{stage}/loss" in row] == [0, 10, 20]
     assert [(row["late/step"], row["late/loss"]) for row in rows if "late/loss" in row] == [(0, 2.0), (1, 1.0)]
@@ -130,7 +161,7 @@ def test_each_stage_has_its_own_axis(run: tuple[Path, Tracker, list[str]]) -> No
 
 def test_the_run_is_closed_as_failed_after_an_error(run: tuple[Path, Tracker, list[str]]) -> None:
     assert run[1]._run is None
-    assert history(run[0])[-1] == {"exit": 1}
+    assert only_run(run[0]).exit == 1
 
 
 def test_nothing_global_changes_and_nothing_is_written_elsewhere(

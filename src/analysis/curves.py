@@ -30,6 +30,7 @@ _NAMES = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": 
 _UNITS = {"linf": "largest change of a pixel, pixels in [0, 1]", "l0": "pixels changed"}
 _BARE = "no defense"
 FONT = 8  # points, at the printed size
+PANELS = 12  # of one figure, before it is divided
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ class Line:
     style: Any
     marker: str
     points: tuple[Point, ...]
+
+
+def figures(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Name of a figure → its cells: one for all, or one for each dataset and classifier where one would be too tall."""
+    done = [r for r in records if r.status == "done"]
+    if len({(r.dataset, r.classifier, r.attack, r.norm, r.targeted) for r in done}) <= PANELS:
+        return {"": done}
+    groups: dict[str, list[Record]] = {}
+    for record in done:
+        groups.setdefault(f"{record.dataset}-{record.classifier}", []).append(record)
+    return groups
 
 
 def robustness_curve(records: Iterable[Record], path: Path) -> Path:
@@ -113,9 +125,10 @@ def caption(done: Sequence[Record]) -> str:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Write a PNG whole or not at all, and the same bytes for the same figure (no date inside)."""
+    """Write a PNG or PDF whole or not at all, and the same bytes for the same figure (no date inside)."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    kind = path.suffix.removeprefix(".")
+    figure.savefig(buffer, format=kind, metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
     store.write_whole(path, buffer.getvalue())
     return path
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import records as store
+from src import sidecars
 from src.analysis.curves import BLUE, VERMILLION, paper_style, save_figure
 from src.records import Record
 from src.tables import format_eps
@@ -24,11 +25,6 @@ _NEEDED = (
 _SIDE, _PITCH, _TEXT = 0.72, 0.76, 0.15
 _LEFT, _HEAD, _FOOT = 1.2, 0.27, 0.3
 _FONT = 7  # below the 8 points of the curves: a prediction has to fit over an image of 0.7 in
-
-
-def sidecars(folders: Iterable[Path]) -> dict[str, Path]:
-    """Key of a record → its ``.npz``, for all found in the folders and below."""
-    return {path.stem: path for folder in folders for path in sorted(Path(folder).rglob("*.npz"))}
 
 
 def choose(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]:
@@ -48,12 +44,12 @@ def picture_grid(records: Iterable[Record], folder: Path | Mapping[str, Path], p
 
     Args:
         records: cells of one dataset, classifier, defense, attack and norm; the eps to show is chosen here.
-        folder: where the sidecars lie, or what :func:`sidecars` found there.
+        folder: where the sidecars lie, or what :func:`src.sidecars.find` found there.
         path: the PNG to write.
     """
     from matplotlib.figure import Figure
 
-    files = folder if isinstance(folder, Mapping) else sidecars([folder])
+    files = folder if isinstance(folder, Mapping) else sidecars.find([folder])
     cells = [(record, _load(files[record.key])) for record in choose(records, files)]
     blocks = [(record, arrays) for record, arrays in cells if arrays is not None]
     if not blocks:
@@ -76,17 +72,8 @@ def _height(row: str) -> float:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """The arrays of a sidecar; ``None`` if it has no examples or is damaged, which is no reason to crash."""
-    import zipfile
-
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _NEEDED}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
-    return arrays if len(arrays["clean"]) else None
+    arrays = sidecars.read(path, _NEEDED)
+    return arrays if arrays is not None and len(arrays["clean"]) else None
 
 
 def _rows(arrays: Mapping[str, Any]) -> list[str]:

@@ -110,15 +110,17 @@ def log_results(config: DictConfig, sweep: Path, records: list[Record], paths: l
     from hydra.utils import get_class
     from omegaconf import OmegaConf, open_dict, read_write
 
+    from src.keys import content_key
     from src.tracking import NoTracker, group_of
 
     try:
         node = copy.deepcopy(config.logger)  # keeps its parent, which interpolations may refer to
         with read_write(node), open_dict(node):
             # What is known only inside a job (its folder) is replaced before anything is resolved.
-            node.update({k: v for k, v in {"dir": str(sweep), "name": "results"}.items() if k in node})
             if "group" in node and node.group is None:
                 node.group = group_of(sweep)
+            known = {"dir": str(sweep), "name": "results", "run_id": content_key(results_of=node.get("group"))}
+            node.update({k: v for k, v in known.items() if k in node})
             settings: Any = OmegaConf.to_container(node, resolve=True)
         tracker: NoTracker = get_class(settings.pop("_target_"))(**settings)
         with tracker:

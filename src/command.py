@@ -1,0 +1,134 @@
+"""The command that measures a cell again, word for word what to type, from its record alone.
+
+A record keeps the resolved config of its job. What differs from the choices in ``conf/`` under the names in the record
+becomes an override; nothing is guessed from how the job was started (an experiment, a sweep, another order).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from src.records import Record
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+_GROUPS = ("dataset", "classifier", "defense", "attack")
+_PLAIN = ("seed", "eval_batch_size", "eot_draws", "search_precision", "split")
+_MISSING = object()
+# Unquoted in Hydra's grammar, and nothing but a string there.
+_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_/][\w./+%@-]*", re.IGNORECASE)
+
+
+def command(record: Record) -> str:
+    """One line for a shell. A record without a config (a job that failed early) gives what its names say."""
+    choices = [f"{group}={getattr(record, group)}" for group in _GROUPS]
+    radius = [] if record.eps is None else [f"threat.eps={_value(record.eps)}"]
+    asked = [*radius, *([f"threat.access={record.access}"] if record.access else [])]
+    if not record.config:
+        changes = [item for item in record.variant.split(",") if item]
+        changes += [f"seed={record.seed}", *(["threat.targeted=true"] if record.targeted else [])]
+    else:
+        changes = list(_changes(record))
+    words = [*choices, f"threat={record.norm}", *asked, *changes]
+    return " ".join(["python -m src.train", *(shlex.quote(word) for word in words)])
+
+
+def _changes(record: Record) -> Iterator[str]:
+    config = record.config
+    roots = {name: config[name] for name in ("seed", "limit", "paths", "threat") if name in config}
+    context = json.dumps(roots, sort_keys=True)
+    base = _base("dataset", record.dataset, context) or {}
+    for name in _PLAIN:
+        if name in config and config[name] != base.get(name, config[name]):
+            yield f"{name}={_value(config[name])}"
+    defaults = _defaults()
+    for name in ("limit", "paths"):
+        yield from _difference(name, defaults.get(name, {}), config.get(name, {}))
+    threat = {k: v for k, v in config.get("threat", {}).items() if k not in ("eps", "access")}
+    usual = _base("threat", record.norm, "{}") or {}
+    yield from _difference("threat", {k: v for k, v in usual.get("threat", {}).items() if k in threat}, threat)
+    for group in _GROUPS:
+        chosen = _base(group, getattr(record, group), context)
+        if chosen is not None:  # a choice that is no longer in conf/ has its name only
+            yield from _difference(group, chosen[group], config.get(group, {}))
+    yield from _nearest("trainer", "trainer=", config.get("trainer"), context)
+    if config.get("surrogate"):
+        yield from _nearest("classifier", "+classifier@surrogate=", config["surrogate"], context, "surrogate")
+
+
+def _nearest(group: str, prefix: str, node: Any, context: str, key: str | None = None) -> Iterator[str]:
+    """A choice whose name the record does not hold: the one that needs the fewest overrides."""
+    if not node:
+        return
+    names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    found = [(name, _base(group, name, context)) for name in names]
+    ranked = [(list(_difference(key or group, base[group], node)), name) for name, base in found if base]
+    if ranked:
+        changes, name = min(ranked, key=lambda each: (len(each[0]), each[1]))
+        if key or changes or name != "cpu":
+            yield f"{prefix}{name}"
+        yield from changes
+
+
+def _difference(key: str, base: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in wanted.items():
+        before, path = base.get(name, _MISSING), f"{key}.{name}"
+        if isinstance(value, dict) and isinstance(before, dict) and value:
+            yield from _difference(path, before, value)
+        elif value != before:
+            yield f"{'++' if before is _MISSING or isinstance(value, dict) else ''}{path}={_value(value)}"
+    yield from (f"~{key}.{name}" for name in base if name not in wanted)
+
+
+def _value(value: Any) -> str:
+    """As Hydra's override grammar reads it back."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(_value(each) for each in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_value(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, str) and not _WORD.fullmatch(value):
+        return "'" + value.replace("'", "\\'") + "'"
+    return str(value)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return _composed(None, None) or {}
+
+
+@cache
+def _base(group: str, name: str, context: str) -> dict[str, Any] | None:
+    """The config with this choice, its references to seed, limit and paths resolved as the record has them."""
+    from omegaconf import OmegaConf
+
+    raw = _composed(group, name)
+    if raw is None:
+        return None
+    given = json.loads(context)
+    whole = OmegaConf.create({**raw, **{key: value for key, value in given.items() if key != group}})
+    plain = {key: raw[key] for key in _PLAIN if key in raw}
+    return {**plain, group: OmegaConf.to_container(whole, resolve=True)[group]}  # type: ignore[call-overload,index]
+
+
+@cache
+def _composed(group: str | None, name: str | None) -> dict[str, Any] | None:
+    """Unresolved; without what says only where a run is told of."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            found: Any = OmegaConf.to_container(compose("train", overrides=[f"{group}={name}"] if group else []))
+    except HydraException:
+        return None
+    return {key: value for key, value in found.items() if key not in ("logger", "callbacks")}

@@ -1,0 +1,36 @@
+"""What each flag of a record means, for hover and footnotes: the paragraphs of ``docs/checks.md``."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from functools import cache
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "checks.md"
+# Raised by the pipeline itself, with a name of the case inside.
+_OWN = {
+    "no_gradient_*_left_out": "The defense lets no gradient through, or the attacker has scores only: this member of "
+    "an ensemble of attacks needs gradients and took no part. The figure is that of the other members.",
+}
+_UNKNOWN = "Raised by a sanity check that this version does not describe: treat the figure with care."
+
+
+def explain(flag: str) -> str:
+    """A paragraph of plain text; never empty."""
+    known = {**_OWN, **_sections(PAGE)}
+    for pattern, text in known.items():
+        if fnmatch.fnmatchcase(flag, pattern):
+            return text
+    return _UNKNOWN
+
+
+@cache
+def _sections(page: Path) -> dict[str, str]:
+    """Headings that are a name in backticks, with the text below them; ``<attack>`` in a name stands for anything."""
+    if not page.exists():
+        return {}
+    parts = re.split(r"^#{2,4} +`([\w<>*]+)`.*$", page.read_text(), flags=re.MULTILINE)[1:]
+    texts = (re.split(r"^#", text, maxsplit=1, flags=re.MULTILINE)[0] for text in parts[1::2])
+    plain = (" ".join(re.sub(r"[*`]", "", text).split()) for text in texts)
+    return {re.sub(r"<\w+>", "*", name): text for name, text in zip(parts[::2], plain, strict=True) if text}

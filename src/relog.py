@@ -1,0 +1,137 @@
+"""What a run on Weights & Biases holds of finished cells: the same whether they have just been measured or long since.
+
+A run is a job: the cells of one config, which differ in eps and access. Its id is made of that config, so a job that
+goes on later, or is logged again from its records, continues its run.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from src.keys import content_key
+from src.records import Record
+from src.tracking import NoTracker, Tracker
+
+log = logging.getLogger(__name__)
+# Where and how a job runs, not what it is.
+_BESIDE = ("logger", "callbacks", "trainer", "paths", "plan")
+_NAMES = ("dataset", "classifier", "defense", "attack", "variant")
+
+
+def run_id(names: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """Of the job with these names and this config."""
+    return content_key(
+        names={name: names.get(name, "") for name in _NAMES},
+        config={name: value for name, value in config.items() if name not in _BESIDE},
+    )
+
+
+def log_job(tracker: NoTracker, records: Sequence[Record], config: Mapping[str, Any], pictures: Iterable[Path]) -> None:
+    """Config, training curves, accuracy over eps, table, pictures and summary of one job."""
+    first = records[0]
+    cell = {name: getattr(first, name) for name in (*_NAMES, "norm", "seed")}
+    tracker.log_config({**config, "cell": cell})
+    root = Path(str((config.get("paths") or {}).get("artifacts", "artifacts")))
+    for kind, key in first.stages.items():
+        tracker.log_curves(_curves(root / kind / key / "metrics.csv"), kind)
+    tracker.log_radii(_radii(records))
+    tracker.log_table(records)
+    for path in pictures:
+        tracker.log_image(path.stem, path)
+    tracker.summary(_summary(records))
+
+
+def relog(
+    records: Sequence[Record],
+    files: Mapping[str, Path],
+    *,
+    out: Path,
+    project: str,
+    entity: str | None,
+    group: str,
+    mode: Literal["offline", "online"],
+) -> None:
+    """Log finished records as runs of one group, a run a job, and the whole table as the run ``results``.
+
+    Args:
+        records: cells; those that failed stand in the table only.
+        files: key of a record → its sidecar, for the pictures.
+        out: the runs lie in its ``wandb`` folder; `wandb sync` sends those made offline.
+    """
+    from src.analysis import curves, pictures
+    from src.worst import worst_cases
+
+    jobs: dict[str, list[Record]] = {}
+    for record in records:
+        if record.status == "done":
+            names = {name: getattr(record, name) for name in _NAMES}
+            jobs.setdefault(run_id(names, record.config), []).append(record)
+    common: dict[str, Any] = {
+        "project": project, "entity": entity, "group": group, "mode": mode, "dir": str(out),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        for key, cells in jobs.items():
+            first = cells[0]
+            drawn = [curves.robustness_curve(cells, Path(scratch) / key / "robustness_curve.png")]
+            grid = pictures.picture_grid(cells, files, Path(scratch) / key / "pictures.png")
+            tags = [first.dataset, first.classifier, first.defense, first.attack, *sorted({r.access for r in cells})]
+            name = f"{first.defense} {first.attack} {first.norm}"
+            with Tracker(**common, name=name, tags=tags, run_id=key) as tracker:
+                log_job(tracker, cells, first.config, [*drawn, *([grid] if grid else [])])
+        with Tracker(**common, name="results", tags=["results"], run_id=content_key(results_of=group)) as tracker:
+            tracker.log_table([*records, *worst_cases(records, files)])
+            for name, cells in curves.figures(records).items():
+                file = Path(scratch) / f"robustness_curve{f'_{name}' if name else ''}.png"
+                tracker.log_image(file.stem, curves.robustness_curve(cells, file))
+            failed = sum(record.status == "failed" for record in records)
+            tracker.summary({"cells": len(records), "failed": failed})
+    print(f"{len(jobs) + 1} runs of group {group} in {out / 'wandb'}")
+    if mode == "offline":
+        print(f"send them with: wandb sync {out / 'wandb'}/offline-run-*")
+
+
+def _curves(path: Path) -> list[dict[str, float]]:
+    """A stage's training, as Lightning's CSV logger left it; empty where the stage is not at hand."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+
+
+def _radii(records: Iterable[Record]) -> list[dict[str, float]]:
+    """Accuracy under each access by eps; an infinite eps has no place on an axis and stands in the table."""
+    rows: dict[float, dict[str, float]] = {}
+    for record in records:
+        if record.robust_accuracy is None or record.eps is None or math.isinf(record.eps):
+            continue
+        row = rows.setdefault(record.eps, {"eps": record.eps})
+        row[record.access] = record.robust_accuracy
+        if record.robust_accuracy_bare is not None:
+            row["bare"] = record.robust_accuracy_bare
+    for row in rows.values():
+        if {"gray_box", "white_box"} <= row.keys():
+            row["gap"] = row["gray_box"] - row["white_box"]
+    return [rows[eps] for eps in sorted(rows)]
+
+
+def _summary(records: Sequence[Record]) -> dict[str, float]:
+    """The final figures: of every cell, and those that the dashboard's scatters show, at the largest finite eps."""
+    values: dict[str, float] = {}
+    for record in records:
+        known = {
+            "clean_accuracy": record.clean_accuracy,
+            "clean_accuracy_defended": record.clean_accuracy_defended,
+            "defense_ms_per_image": record.defense_ms_per_image,
+            f"attack_ms_per_image/{record.access}": record.attack_ms_per_image,
+            f"robust_accuracy/{record.access}/eps_{record.eps:.4g}": record.robust_accuracy,
+        }
+        values |= {name: value for name, value in known.items() if value is not None}
+    for row in _radii(records)[-1:]:
+        values |= {f"largest_eps/{name}": value for name, value in row.items()}
+    return values

@@ -1,0 +1,113 @@
+"""The worst case over attacks: an image holds only if it holds against every one of them.
+
+Counted image by image, from the verdicts beside the records; never a mean, nor the least of several accuracies, which
+can be far above it. One row for each defended model and threat model (norm, eps, access, aim) that met several attacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from src import records as store
+from src import sidecars
+from src.records import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+WORST = "worst_of_all"  # what stands in the column of the attack
+_OF_THE_ATTACK = ("attack.", "attack=", "eot_draws", "search_precision")
+
+
+def worst_cases(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]:
+    """A record for each threat model that several attacks tried, in the order of a table.
+
+    Where an attack has no verdicts per image the row is a failed one: it says whose are missing, and the bound that the
+    accuracies give.
+
+    Args:
+        records: cells; failed ones, and earlier worst cases, are left out.
+        files: key of a record → the ``.npz`` with its verdicts, as :func:`src.sidecars.find` gives it.
+    """
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        if record.status == "done" and record.attack != WORST and record.eps is not None:
+            groups.setdefault(_threat(record), []).append(record)
+    rows = [_worst(group, files) for group in groups.values() if len({_name(r) for r in group}) > 1]
+    return sorted(rows, key=store.order)
+
+
+def _threat(record: Record) -> tuple[object, ...]:
+    made_of = tuple(record.stages.get(kind, "") for kind in ("data", "classifier", "defense", "surrogate"))
+    return (
+        record.dataset, record.classifier, record.defense, _variant(record), record.norm, record.eps, record.access,
+        record.seed, record.targeted, record.n, made_of,
+    )  # fmt: skip
+
+
+def _variant(record: Record, *, attack: bool = False) -> str:
+    """The overrides that are the model's, or those that are the attack's."""
+    return ",".join(item for item in record.variant.split(",") if item and item.startswith(_OF_THE_ATTACK) == attack)
+
+
+def _name(record: Record) -> str:
+    change = _variant(record, attack=True)
+    return f"{record.attack} ({change})" if change else record.attack
+
+
+def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
+    first = group[0]
+    names = sorted({_name(r) for r in group})
+    missing: list[str] = []
+    held: NDArray[np.bool_] | None = None
+    right: NDArray[np.bool_] | None = None
+    for record in group:
+        found = sidecars.verdicts(record, files.get(record.key))
+        if found is None:
+            missing.append(_name(record))
+            continue
+        right = found.right
+        held = found.held if held is None else held & found.held
+    facts = {
+        name: getattr(first, name)
+        for name in (
+            "dataset", "classifier", "defense", "norm", "eps", "access", "seed", "targeted", "n", "correct_bare",
+            "correct_defended", "clean_accuracy", "clean_accuracy_defended", "clean_rejected", "defense_ms_per_image",
+            "stages", "versions", "host", "device",
+        )
+    }  # fmt: skip
+    facts |= {
+        "key": "worst-" + min(r.key for r in group),
+        "attack": WORST,
+        "variant": _variant(first),
+        "created": max(r.created for r in group),
+        "flags": sorted({flag for r in group for flag in r.flags}),
+        "uses": sorted(r.key for r in group),
+    }
+    if missing or held is None or right is None:
+        bound = min((r.robust_accuracy for r in group if r.robust_accuracy is not None), default=None)
+        most = "" if bound is None else f"; at most {bound:.4f}"
+        why = f"no verdicts per image of {', '.join(sorted(set(missing)))}{most}"
+        return Record(status="failed", reason=why, **facts)
+    count = int(held.sum())
+    low, high = store.wilson(count, first.n)
+    return Record(
+        **facts,
+        reason=f"per image over {', '.join(names)}",
+        correct_attacked=count,
+        robust_accuracy=count / max(first.n, 1),
+        robust_accuracy_low=low,
+        robust_accuracy_high=high,
+        attack_success_rate=float((right & ~held).sum() / right.sum()) if right.any() else None,
+        forward_passes=_sum(r.forward_passes for r in group),
+        backward_passes=_sum(r.backward_passes for r in group),
+        attack_ms_per_image=_sum(r.attack_ms_per_image for r in group),
+    )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

@@ -1,0 +1,70 @@
+"""The command that a record gives composes to the very config of the record."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from src import config
+from src.command import CONF, command
+from src.records import Record
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        job = config.parse(compose("train", overrides=[*overrides, "logger=none", "callbacks=none"]))
+    return job.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["dataset=mnist", "paths.data='/a b/it\\'s'", "seed=3", "limit.test_images=100"],
+        ["attack=apgd", "attack.steps=7", "defense=autoencoder_pgd", "defense.trained_on.attack.steps=3"],
+        ["defense=none", "classifier=cnn6", "classifier.fit.lr=1e-4", "threat=l2", "threat.targeted=true"],
+        ["threat.access=transfer", "+classifier@surrogate=lenet", "surrogate.fit.epochs=2"],
+        ["trainer=ddp_cpu", "search_precision=bf16-mixed", "defense=chain", "eot_draws=2"],
+        ["+experiment=cifar_pgd_vae", "classifier.checkpoint='x=1.pt'"],
+    ],
+    ids=["defaults", "paths", "nested", "norm", "transfer", "trainer", "experiment"],
+)
+def test_the_command_gives_the_config_back(overrides: list[str]) -> None:
+    wanted = composed(overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        choices = compose("train", overrides=overrides, return_hydra_config=True).hydra.runtime.choices
+    names = {group: str(choices[group]) for group in ("dataset", "classifier", "defense", "attack")}
+    access = "transfer" if "threat.access=transfer" in overrides else "white_box"
+    record = Record(
+        key="k", norm=wanted["threat"]["norm"], eps=8 / 255, access=access, seed=wanted["seed"], config=wanted, **names
+    )
+    words = shlex.split(command(record))
+    assert words[:3] == ["python", "-m", "src.train"]
+    found = composed(words[3:])
+    assert (found["threat"]["eps"], found["threat"]["access"]) == (8 / 255, access)
+    for config_ in (found, wanted):
+        config_["threat"] |= {"eps": None, "access": None}
+    assert found == wanted
+
+
+def test_what_is_as_usual_is_not_said() -> None:
+    record = Record(
+        key="k", dataset="digits", classifier="cnn3", defense="vae", attack="pgd", norm="linf", eps=0.1,
+        access="gray_box", seed=0, config=composed([]),
+    )  # fmt: skip
+    assert command(record) == (
+        "python -m src.train dataset=digits classifier=cnn3 defense=vae attack=pgd threat=linf threat.eps=0.1 "
+        "threat.access=gray_box"
+    )
+
+
+def test_a_record_without_config_and_a_choice_that_is_gone() -> None:
+    record = Record(
+        key="k", dataset="digits", classifier="cnn3", defense="mine", attack="pgd", norm="linf", eps=None, access="",
+        seed=2, variant="attack.steps=3",
+    )  # fmt: skip
+    assert command(record).endswith("defense=mine attack=pgd threat=linf attack.steps=3 seed=2")
+    assert "defense=mine" in command(record.model_copy(update={"config": composed([])}))

@@ -1,0 +1,178 @@
+"""report.html: what is in it, and in a browser that sorting, filtering, hover and the charts work."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src import flags, page
+from src.page.charts import specs
+from src.records import Record
+from tests.test_report import cell, failed, pair
+
+WHY = "no_gradient_fab_left_out"
+
+
+def many() -> list[Record]:
+    cells = [
+        r
+        for defense in ("none", "vae", "jpeg")
+        for attack in ("fgsm", "pgd")
+        for eps in (0.1, 0.2, float("inf"))
+        for r in pair(eps, defense=defense, attack=attack, defense_ms_per_image=0.1)
+    ]
+    cells[0] = cells[0].model_copy(update={"flags": [WHY]})
+    low = cell(0.3, right=7, defense="vae", attack="pgd", stages={"classifier": "c0ffee"})
+    return [*cells, low, failed(eps=0.4, reason="it </script> broke & burned")]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from matplotlib.image import imsave
+
+    folder = tmp_path_factory.mktemp("page")
+    imsave(folder / "pictures_x.png", [[[0.0, 0.5, 1.0]]])
+    return page.write_page(many(), folder / "report.html", [folder / "pictures_x.png"])
+
+
+def content(path: Path) -> dict[str, Any]:
+    (found,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(found, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_the_page_holds_every_cell_and_fetches_nothing(path: Path) -> None:
+    found = content(path)
+    assert [row["key"] for row in found["rows"]] == [r.key for r in sorted(many(), key=page.store.order)]
+    assert all(len(row["c"]) == len(page.COLUMNS) for row in found["rows"])
+    (row,) = [row for row in found["rows"] if row["failed"]]
+    assert row["why"] == "it </script> broke & burned"
+    text = path.read_text()
+    assert "default-src 'none'" in text
+    assert not re.findall(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=(?!\"?data:)", text)
+
+
+def test_each_flag_is_explained_and_each_cell_has_its_command(path: Path) -> None:
+    found = content(path)
+    assert found["flags"] == {WHY: flags.explain(WHY)}
+    assert "needs gradients" in flags.explain(WHY)
+    assert all(row["command"].startswith("python -m src.train ") for row in found["rows"])
+
+
+def test_flags_are_explained_from_the_page_of_checks(tmp_path: Path) -> None:
+    checks = tmp_path / "checks.md"
+    checks.write_text(
+        "# Checks\n\n### `few_images`\n\nRaised if *few*.\n\n### `odd_<attack>` (decisive)\nOdd.\n## End\nx\n"
+    )
+    assert flags._sections(checks) == {"few_images": "Raised if few.", "odd_*": "Odd."}
+    assert flags.explain("never_heard_of").startswith("Raised by a sanity check")
+
+
+@pytest.mark.parametrize("name", list(specs([])))
+def test_each_chart_compiles(name: str) -> None:
+    import vl_convert
+
+    spec = specs(["gray_box", "white_box"])[name]
+    assert vl_convert.vegalite_to_vega(spec)["marks"]
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    playwright = pytest.importorskip("playwright.sync_api", reason="report.html was not tried in a browser: playwright")
+    with playwright.sync_playwright() as driver:
+        own = Path(driver.chromium.executable_path)
+        if found is None and not own.exists():
+            pytest.skip("report.html was NOT tried in a browser: no chromium here (`playwright install chromium`)")
+        started = driver.chromium.launch(executable_path=found or str(own), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def shown(sheet: Any, column: str) -> list[str]:
+    script = """name => {
+      const heads = [...document.querySelectorAll('#cells thead tr:first-child th')];
+      const place = heads.findIndex(head => head.innerText.trim() === name);
+      const rows = [...document.querySelectorAll('#cells tbody tr[data-key]')];
+      return rows.map(row => row.children[place].innerText);
+    }"""
+    return sheet.evaluate(script, column)
+
+
+def drawn(sheet: Any, count: int) -> None:
+    sheet.wait_for_selector(f"body[data-drawn='{count}']", timeout=60_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1600, 420])
+def test_in_a_browser(browser: Any, path: Path, width: int) -> None:
+    sheet = browser.new_context(viewport={"width": width, "height": 900}).new_page()
+    wrong: list[str] = []
+    asked: list[str] = []
+    sheet.on("pageerror", lambda error: wrong.append(str(error)))
+    sheet.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    sheet.on("request", lambda request: asked.append(request.url[:30]))
+    sheet.goto(path.as_uri())
+    drawn(sheet, len(many()) - 1)
+    assert sheet.evaluate("document.documentElement.scrollWidth") <= width, "only the table scrolls sideways"
+
+    head = sheet.locator("#cells thead tr:first-child th", has_text="robust")
+    head.click()
+    first = [float(text.split()[0]) for text in shown(sheet, "robust") if text != "failed"]
+    assert first == sorted(first)
+    assert first[0] == 7.0
+    head.click()
+    assert float(shown(sheet, "robust")[0].split()[0]) == 60.0
+
+    sheet.select_option("select[data-column=defense]", "vae")
+    sheet.select_option("select[data-column=eps]", "inf")
+    drawn(sheet, 4)
+    assert set(shown(sheet, "defense")) == {"vae"}
+    sheet.fill("input[data-column=robust]", "> 50")
+    drawn(sheet, 2)
+    assert all(text.startswith("60.0") for text in shown(sheet, "robust"))
+    for field in ("defense", "eps"):
+        sheet.select_option(f"select[data-column={field}]", "")
+    sheet.fill("input[data-column=robust]", "")
+    sheet.fill("input[type=search]", "no_gradient")
+    drawn(sheet, 1)
+
+    sheet.locator("tbody .flag").hover()
+    assert sheet.locator("#tip").inner_text() == flags.explain(WHY)
+    sheet.locator("tbody tr[data-key] td").first.click()
+    said = sheet.locator(".detail code").first.inner_text()
+    assert said == content(path)["rows"][[r["c"][19] for r in content(path)["rows"]].index([WHY])]["command"]
+    sheet.fill("input[type=search]", "")
+    drawn(sheet, len(many()) - 1)
+
+    canvas = sheet.locator("#curves canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for share in range(2, 40):  # over the whole height at the right, where the infinite eps stands
+        sheet.mouse.move(box["x"] + box["width"] * 0.98, box["y"] + box["height"] * share / 40)
+        if sheet.locator("#vg-tooltip-element.visible").count():
+            break
+    assert "images" in sheet.locator("#vg-tooltip-element").inner_text()
+    assert wrong == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_records_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    cells = [r.model_copy(update={"key": f"{seed}-{r.key}", "seed": seed}) for seed in range(270) for r in many()[:-1]]
+    sheet = browser.new_page()
+    sheet.goto(page.write_page(cells, tmp_path / "report.html").as_uri())
+    drawn(sheet, len(cells))
+    assert len(cells) > 9_900
+    assert "9,990 rows" in sheet.locator(".dt-info").inner_text()
+    sheet.fill("input[data-column=seed]", "3..4")
+    drawn(sheet, 74)

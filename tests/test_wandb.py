@@ -1,0 +1,111 @@
+"""W&B end to end, offline: what a job, a cached job and `report wandb` leave, read back from the run files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from src import config, dashboard, relog, report
+from src import records as store
+from src.command import CONF
+from src.data.digits import Digits
+from src.errors import UserError
+from tests.conftest import Outcome
+from tests.test_report import pair, sidecar
+from tests.test_tracking import read_run
+
+
+def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outcome]) -> None:
+    words = ["+debug=quick", "attack=fgsm", "defense=jpeg", "threat.eps=[0.1,0.2]"]
+    assert command(*words, "logger.tags=[mine]", "hydra.run.dir=a").code == 0
+    folder = command(*words, "hydra.run.dir=b").folder
+    assert not list((folder / "b").glob("wandb/*run-*")), "every cell was found: no empty run"
+    (run,) = (folder / "a").glob("wandb/offline-run-*")
+    found = read_run(run)
+    assert set(found.tags) == {"mine", "digits", "cnn3", "jpeg", "fgsm", "gray_box", "white_box"}
+    assert found.config["seed"] == 0
+    assert found.config["cell"]["defense"] == "jpeg"
+    assert [row["eps"] for row in found.history if "robust/white_box" in row] == [0.1, 0.2]
+    assert [row for row in found.history if "classifier/train_loss" in row], "the classifier was trained here"
+    assert found.summary["largest_eps/white_box"] == found.summary["robust_accuracy/white_box/eps_0.2"]
+    assert len(found.tables["results"]["data"]) == 4
+    assert {path.name.split("_")[0] for path in run.glob("files/media/images/*.png")} >= {"pictures", "robustness"}
+
+    # A third eps: one cell more of another config, whose classifier was trained by the job before.
+    command(*words[:3], "threat.eps=0.3", "hydra.run.dir=c")
+    (other,) = (folder / "c").glob("wandb/offline-run-*")
+    assert [row for row in read_run(other).history if "classifier/train_loss" in row], (
+        "its curves are told all the same"
+    )
+
+    assert report.main(["wandb", str(folder / "a"), "--out", str(folder / "again")]) == 0
+    ids = {path.name.split("-")[-1] for path in (folder / "again").glob("wandb/offline-run-*")}
+    assert run.name.split("-")[-1] in ids, "logged again, it continues the run of the job"
+
+
+def test_records_are_logged_at_any_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [r for attack in ("fgsm", "pgd") for r in pair(attack=attack, config={"seed": 0})]
+    for record in cells:
+        store.save(record, tmp_path / "s" / "records")
+        sidecar(record, tmp_path / "s" / "records")
+    assert report.main(["wandb", str(tmp_path / "s"), "--group", "mine", "--out", str(tmp_path / "o")]) == 0
+    runs = [read_run(path) for path in sorted((tmp_path / "o").glob("wandb/offline-run-*"))]
+    assert "3 runs of group mine" in capsys.readouterr().out
+    assert {run.group for run in runs} == {"mine"}
+    (whole,) = [run for run in runs if run.name == "results"]
+    table = whole.tables["results"]
+    attacks = [row[table["columns"].index("attack")] for row in table["data"]]
+    assert sorted(attacks) == ["fgsm", "fgsm", "pgd", "pgd", "worst_of_all", "worst_of_all"]
+    for run in runs:
+        if run is not whole:
+            assert run.summary["largest_eps/gap"] == pytest.approx(0.25)
+            assert {image.split("_")[0] for image in run.images} == {"pictures", "robustness"}
+
+
+def test_the_id_of_a_run_knows_what_is_measured_and_nothing_else() -> None:
+    names = {"dataset": "digits", "classifier": "c", "defense": "d", "attack": "a"}
+    first = relog.run_id(names, {"seed": 0, "logger": {"mode": "offline"}, "paths": {"data": "x"}})
+    assert first == relog.run_id(names, {"seed": 0, "logger": {"mode": "online"}, "trainer": {}})
+    assert first != relog.run_id(names, {"seed": 1})
+    assert first != relog.run_id({**names, "attack": "b"}, {"seed": 0})
+
+
+def test_the_dashboard_shows_what_runs_log() -> None:
+    model = json.loads(dashboard.workspace("e", "p")._to_model().model_dump_json())
+    text = json.dumps(model)
+    values = relog._summary(pair(defense_ms_per_image=1.0))
+    for name in ("largest_eps/gray_box", "largest_eps/white_box", "clean_accuracy_defended", "defense_ms_per_image"):
+        assert f"summary:{name}" in text or name in text
+        assert name in values
+    assert "robust/white_box" in text
+    with pytest.raises(UserError, match="online"):
+        report._relog([".", "--dashboard"])
+
+
+def test_the_wandb_sweep_tunes_on_validation_images() -> None:
+    sweep: dict[str, Any] = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text())
+    drawn = [f"{name}={each.get('values', [each.get('min')])[0]}" for name, each in sweep["parameters"].items()]
+    fixed = [word for word in sweep["command"] if "=" in word]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        job = config.parse(compose("train", overrides=[*fixed, *drawn, "logger=none", "callbacks=none"]))
+    assert job.split == "validation"
+    assert sweep["metric"]["name"] in relog._summary(pair())
+    assert job.access == ("white_box",)
+
+
+def test_validation_images_stand_for_test_images() -> None:
+    usual, judged = Digits(), Digits()
+    usual.prepare()
+    judged.judge_on_validation()
+    assert judged.test.images.equal(usual.val.images)
+    assert judged.train_fingerprint == usual.train_fingerprint, "nothing is trained again"
+    assert judged.fingerprint != usual.fingerprint
+    none = Digits(validation=0.0)
+    with pytest.raises(UserError, match="split=validation"):
+        none.judge_on_validation()
