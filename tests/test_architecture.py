@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "classifiers": {"threat", "errors", "recipe", "classifiers"},
     "attacks": {"threat", "errors", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
-    "callbacks": {"attacks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config", "plan"},
+    "callbacks": {"attacks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config", "plan", "sweep"},
 }
 
 
