@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from src import records
 from src.config import Job
 from src.data.augment import to_float
 from src.data.base import ImageDataModule
@@ -40,7 +41,7 @@ def certified(
             left -= len(radii[-1])
             if not left:
                 break
-        torch.save(torch.cat(radii), folder / "radius.pt")
+        records.save_tensors(torch.cat(radii), folder / "radius.pt")
 
     key = content_key(**parts)
     folder = stages.make("certificate", key, what="certificate", build=make, about=parts)

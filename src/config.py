@@ -7,6 +7,7 @@ keys a choice has and what values they take. A new attack or defense therefore n
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import typing
@@ -100,7 +101,9 @@ class Job(Strict):
     split: typing.Literal["test", "validation"] = "test"  # images that are judged
     limit: Limit
     paths: Paths
-    plan: bool = False  # say what would be done, and stop
+    # Not of what is measured, so not in a record's config:
+    plan: bool = Field(False, exclude=True)  # say what would be done, and stop
+    retry: typing.Literal["failed"] | None = Field(None, exclude=True)  # of a sweep: leave finished jobs alone
 
     @property
     def norm(self) -> Norm:
@@ -198,19 +201,28 @@ def _arguments(target: Any, node: Mapping[str, Any], key: str) -> dict[str, Any]
     if not str(node["_target_"]).startswith("src."):
         return {name: _nested(value, f"{key}.{name}") for name, value in values.items()}
 
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    fields: dict[str, Any] = {}
-    for name in allowed:
-        default = parameters[name].default
-        fields[name] = (hints.get(name, Any), ... if default is inspect.Parameter.empty else default)
-    config = ConfigDict(
-        extra="allow" if open_ended else "forbid", arbitrary_types_allowed=True, protected_namespaces=()
-    )
-    model = create_model("Arguments", __config__=config, **fields)
-    checked = validate(model, values, key)
+    checked = validate(_schema(target), values, key)
     return {name: getattr(checked, name) for name in values}
 
 
+@functools.cache
+def _schema(target: Any) -> type[BaseModel]:
+    """The arguments of one of our classes as a pydantic model; a sweep asks for the same few again and again."""
+    parameters = _parameters(target)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        if not _given(parameter) and parameter.kind is not parameter.VAR_KEYWORD:
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[name] = (hints.get(name, Any), default)
+    config = ConfigDict(
+        extra="allow" if open_ended else "forbid", arbitrary_types_allowed=True, protected_namespaces=()
+    )
+    return create_model("Arguments", __config__=config, **fields)
+
+
+@functools.cache
 def _parameters(target: Any) -> dict[str, inspect.Parameter]:
     """The arguments a choice takes. Our own classes take those that we wrote down, not Lightning's ``*args``."""
     if inspect.isclass(target) and target.__module__.startswith("src."):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import warnings
@@ -62,6 +63,13 @@ class Finite(Callback):
                     f"{name}={float(value)} in epoch {trainer.current_epoch} of {type(pl_module).__name__}: "
                     "training diverged; lower fit.lr or use fit.precision=32-true"
                 )
+
+
+class Patience(EarlyStopping):
+    """Early stopping that knows, when a training is resumed, that it had stopped already."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = self.wait_count >= self.patience
 
 
 def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
@@ -147,7 +155,7 @@ def fit(
     )
     watchers: list[Callback] = [Seeded(seed), Finite(), best]
     if recipe.patience is not None:
-        watchers.append(EarlyStopping(monitor, mode=mode, patience=recipe.patience, check_finite=False))
+        watchers.append(Patience(monitor, mode=mode, patience=recipe.patience, check_finite=False))
     curves = CSVLogger(save_dir=folder, name="", version="curves", flush_logs_every_n_steps=50)
     # A logger with a connection of its own cannot follow into other processes: the curves are in the CSV in any case.
     live = [logger] if isinstance(logger, Logger) and config.get("strategy", "auto") == "auto" else []
@@ -175,8 +183,11 @@ def _interruptible() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
+    except SystemExit as leaving:
+        for child in multiprocessing.active_children():  # of a strategy; it would wait for them at exit
+            child.kill()
+        cause = leaving.__context__
+        raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
     finally:
         signal.signal(signal.SIGINT, handler)
 

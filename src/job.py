@@ -6,7 +6,7 @@ import errno
 import logging
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src import config, records
+from src import config, leaving, place, records, retry
 from src.errors import UserError
 from src.keys import content_key
 from src.records import Record
@@ -37,11 +37,16 @@ MEASURED = (
     "attack.",
     "limit.",
 )
+FAILED = "failed-"  # how the keys of cells that failed begin
 PLACES = ("root", "cache", "workers", "memory_limit_gib", "download", "checkpoint")
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig, settings: str) -> None:
     """Run one job. A job that fails leaves a record that says why; in a sweep the others go on.
+
+    Args:
+        cfg: the composed config.
+        settings: hash of them that the job's mark bears, see :mod:`src.retry`.
 
     Raises:
         SystemExit: the job failed and is not part of a sweep.
@@ -49,17 +54,22 @@ def run(cfg: DictConfig) -> None:
     hydra = HydraConfig.get()
     out = Path(hydra.runtime.output_dir)
     in_sweep = hydra.mode is RunMode.MULTIRUN
-    names = _names(hydra)
+    names = names_of(hydra.runtime.choices, hydra.overrides.task)
     started = time.perf_counter()
     done: list[Record] = []
     try:
+        (out / retry.MARK).unlink(missing_ok=True)
+        for stale in (out / "records").glob(f"{FAILED}*.json"):  # of an earlier try in the same folder
+            stale.unlink()
         job = config.parse(cfg)
+        if (gpu := place.claim_gpu(job.trainer)) is not None:
+            log.info("job %s: GPU %s", hydra.job.num, gpu)
         if job.plan:
-            _plan(job, names, out, in_sweep)
+            _plan(job, names)
             return
-        _measure(job, names, out, done, in_sweep)
-    except KeyboardInterrupt:
-        raise
+        with leaving.on_sigterm():
+            _measure(job, names, out, done, in_sweep)
+        retry.mark(out, settings, [record.key for record in done])
     except Exception as error:
         reason = explain(error)
         for record in _failed(cfg, names, reason, done):
@@ -73,17 +83,12 @@ def run(cfg: DictConfig) -> None:
         log.info("done in %.1f s", time.perf_counter() - started)
 
 
-def _plan(job: config.Job, names: dict[str, str], out: Path, in_sweep: bool) -> None:
-    """Say what would be done; a sweep says it at its end, for all jobs together."""
+def _plan(job: config.Job, names: dict[str, str]) -> None:
+    """Say what would be done; of a sweep :mod:`src.sweep` says it, for all jobs together."""
     from src import pipeline, plan
     from src.subject import Names
 
-    logging.getLogger("src").setLevel(logging.WARNING)
-    found = pipeline.plan(job, Names(**names))
-    if in_sweep:
-        found.save(out)
-    else:
-        plan.show(found)
+    plan.show(pipeline.plan(job, Names(**names)))
 
 
 def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:
@@ -93,22 +98,27 @@ def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Recor
     from src.subject import Names
     from src.tracking import NoTracker
 
+    done += pipeline.recall(job, Names(**names), out)
+    if done and in_sweep:
+        return  # the sweep's table shows them; figures and a W&B run were made when the cells were
     settings = job.model_dump(mode="json")
     known = {
         "tags": [*(job.logger.get("tags") or []), *(names[k] for k in ("dataset", "classifier", "defense", "attack")),
                  *map(str, job.access)],
         "run_id": job.logger.get("run_id") or relog.run_id(names, settings),
     }  # fmt: skip
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    tracker: NoTracker
-    with config.build(job.logger, "logger", **known) as tracker:
-        for record in pipeline.run(job, Names(**names), out, tracker):
-            done.append(record)
-        done[:] = across(done)
-        for record in done:
-            records.save(record, out / "records")
+    tracker: NoTracker = NoTracker() if done else config.build(job.logger, "logger", **known)
+    with tracker:
+        if not done:
+            for record in pipeline.run(job, Names(**names), out, tracker):
+                done.append(record)
+            done[:] = across(done)
+            for record in done:
+                records.save(record, out / "records")
+        if in_sweep and type(tracker) is NoTracker:
+            return  # the sweep draws its own figures; those of the job would be for its run
         written = report.write_report(done, out / "records", out)
-        if any(record.created >= began for record in done):  # cells found in the cache have a run already
+        if type(tracker) is not NoTracker:
             relog.log_job(tracker, done, settings, [path for path in written if path.suffix == ".png"])
     if not in_sweep:
         tables.print_table(done)
@@ -129,10 +139,10 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
-def _names(hydra: Any) -> dict[str, str]:
-    choices: Mapping[str, Any] = hydra.runtime.choices
+def names_of(choices: Mapping[str, Any], task: Iterable[str]) -> dict[str, str]:
+    """What a cell is called, by what was chosen for it and the overrides of its job."""
     names = {group: str(choices.get(group)) for group in ("dataset", "classifier", "defense", "attack")}
-    overrides = [item.lstrip("+~") for item in hydra.overrides.task]
+    overrides = [item.lstrip("+~") for item in task]
     variant = [
         item
         for item in sorted(overrides)
@@ -165,7 +175,7 @@ def _failed(cfg: DictConfig, names: dict[str, str], reason: str, done: list[Reco
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return [
-        Record(key=f"failed-{content_key(**common, eps=e, access=a)}", eps=e, access=a, **common)
+        Record(key=f"{FAILED}{content_key(**common, eps=e, access=a)}", eps=e, access=a, **common)
         for e in eps
         for a in access
         if (e, a) not in have

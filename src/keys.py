@@ -17,6 +17,7 @@ def content_key(**parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+@functools.cache
 def source_digest(*objects: object, within: str | None = None) -> str:
     """Digest of our own source behind classes (bases included), functions and modules.
 

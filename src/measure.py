@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -32,7 +31,7 @@ from src.errors import UserError
 from src.keys import content_key, source_digest
 from src.outcome import Table, to_record, to_sidecar
 from src.records import Record
-from src.stages import Stages
+from src.stages import Stages, alone
 from src.subject import Names, Subject
 from src.threat import Access, ThreatModel
 
@@ -63,17 +62,24 @@ class Bench:
         threat = self._threat(eps)
         key = self._key(threat, access)
         store = self.stages.root / "records"
-        path, sidecar = store / f"{key}.json", store / f"{key}.npz"
+        store.mkdir(parents=True, exist_ok=True)
+        with alone(store / f".{key}.lock", f"record {self.names.attack} eps {eps:.4g} {access}"):
+            record = self.recall(eps, access, folder)
+            if record is None:
+                record, arrays = self._measure(key, threat, access)
+                records.save_sidecar(store / f"{key}.npz", arrays)
+                records.copy(records.save(record, store), folder)
+                records.copy(store / f"{key}.npz", folder)
+        return record
+
+    def recall(self, eps: float, access: Access, folder: Path) -> Record | None:
+        """The record of a cell if the cache has it, with a copy in ``folder``; nothing trained is needed for it."""
+        key = self._key(self._threat(eps), access)
+        path = self.stages.root / "records" / f"{key}.json"
         record = self._found(path)
-        if record is None:
-            record, arrays = self._measure(key, threat, access)
-            store.mkdir(parents=True, exist_ok=True)
-            records.save_sidecar(sidecar, arrays)
-            records.save(record, store)
-        folder.mkdir(parents=True, exist_ok=True)
-        records.save(record, folder)
-        if sidecar.exists():
-            shutil.copyfile(sidecar, folder / sidecar.name)
+        if record is not None:
+            records.copy(path, folder)
+            records.copy(path.with_suffix(".npz"), folder)
         return record
 
     def planned(self, eps: float, access: Access) -> dict[str, Any]:
@@ -94,6 +100,7 @@ class Bench:
             return None
         try:
             record = records.load(path)
+            records.check_sidecar(path.with_suffix(".npz"))
         except UserError as error:
             log.warning("%s; set aside and measured again", error)
             path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))

@@ -9,6 +9,7 @@ from src import fit
 from src.config import Job, build
 from src.data.base import ImageDataModule
 from src.errors import UserError
+from src.keys import content_key
 from src.measure import Bench
 from src.plan import Plan
 from src.records import Record
@@ -31,6 +32,22 @@ def run(job: Job, names: Names, out: Path, tracker: NoTracker) -> Iterator[Recor
             yield bench.cell(eps, access, out / "records")
 
 
+def recall(job: Job, names: Names, out: Path) -> list[Record]:
+    """The records of a job whose cells are all in the cache, copied to ``out/records``; else nothing.
+
+    No weights are read for it, no trainer is built.
+    """
+    bench, radii = prepare(job, names, Stages(Path(job.paths.artifacts), plan=True), NoTracker())
+    found: list[Record] = []
+    for eps in radii:
+        for access in job.access:
+            record = bench.recall(eps, access, out / "records")
+            if record is None:
+                return []
+            found.append(record)
+    return found
+
+
 def plan(job: Job, names: Names) -> Plan:
     """The cells of a job and the stages they need, and which of them are there."""
     stages = Stages(Path(job.paths.artifacts), plan=True)
@@ -42,10 +59,7 @@ def plan(job: Job, names: Names) -> Plan:
 def prepare(job: Job, names: Names, stages: Stages, tracker: NoTracker) -> tuple[Bench, tuple[float, ...]]:
     """Data, classifier and defense, trained or found, on the bench; and the radii to measure."""
     fit.check_devices(job.trainer)
-    data: ImageDataModule = build(job.dataset, "dataset")
-    data.prepare()
-    if job.split == "validation":
-        data.judge_on_validation()
+    data = _data(job)
     data.eval_batch_size = job.eval_batch_size
     radii = job.eps(data.spec.eps.get(job.norm, ()))
     if not radii:
@@ -64,3 +78,19 @@ def prepare(job: Job, names: Names, stages: Stages, tracker: NoTracker) -> tuple
         | ({"surrogate": surrogate_key} if surrogate_key else {}),
     )
     return Bench(job, names, data, stages, subject), radii
+
+
+_last: dict[str, ImageDataModule] = {}  # the data of the last job: those of a sweep seldom change them
+
+
+def _data(job: Job) -> ImageDataModule:
+    key = content_key(dataset=job.dataset, split=job.split)
+    if key not in _last:
+        data: ImageDataModule = build(job.dataset, "dataset")
+        data.prepare()
+        if job.split == "validation":
+            data.judge_on_validation()
+        _last.clear()
+        _last[key] = data
+    _last[key].trainer = None  # that of the last job
+    return _last[key]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from src.records import Record
-
-FILE = "plan.json"
 
 
 @dataclass
@@ -26,22 +24,6 @@ class Plan:
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     artifacts: str = "artifacts"
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1))
-
-
-def gather(folders: Iterable[Path]) -> Plan:
-    """The plans of several jobs as one: what they share is counted once."""
-    whole = Plan()
-    for folder in folders:
-        for path in sorted(folder.rglob(FILE)):
-            part = json.loads(path.read_text())
-            whole.cells |= part["cells"]
-            whole.stages |= part["stages"]
-            whole.artifacts = part["artifacts"]
-    return whole
 
 
 def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +100,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write under a temporary name and rename: a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -120,6 +121,28 @@ def save(record: Record, folder: Path) -> Path:
     return path
 
 
+def save_tensors(value: Any, path: Path) -> None:
+    """``torch.save``, whole or not at all; a full disk is an ``OSError``, where torch says ``unexpected pos``."""
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def copy(source: Path, folder: Path) -> None:
+    """A file into a folder, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{source.name}.{os.getpid()}.part"
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, folder / source.name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_sidecar(path: Path, arrays: dict[str, Any]) -> None:
     """Write the verdicts of each image and the example pictures that belong to a record."""
     import io
@@ -129,6 +152,23 @@ def save_sidecar(path: Path, arrays: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_whole(path, buffer.getvalue())
+
+
+def check_sidecar(path: Path) -> None:
+    """Whether the verdicts of each image are all there.
+
+    Raises:
+        UserError: absent or damaged.
+    """
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        broken = type(error).__name__
+    if broken is not None:
+        raise UserError(f"{path}: damaged ({broken})")
 
 
 def load(path: Path) -> Record:

@@ -11,12 +11,13 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from src.errors import UserError
 from src.keys import file_digest
@@ -58,7 +59,7 @@ class Stages:
             self.asked[key] = {"kind": kind, "what": what, "present": final.exists()}
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked(final.parent / f".{key}.lock", what):
+        with alone(final.parent / f".{key}.lock", what):
             if self._intact(final):
                 log.info("%s: found (%s)", what, key)
                 return final
@@ -96,14 +97,24 @@ class Stages:
         log.warning("%s: damaged (%s); set aside as %s and made again", folder, ", ".join(broken), aside.name)
         return False
 
-    @staticmethod
-    def _locked(path: Path, what: str) -> AcquireReturnProxy:
-        lock = FileLock(path)
-        try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s: another process is making it; waiting", what)
-            return lock.acquire()
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file ``path``; whoever comes later waits. The system frees the lock of a holder that died.
+
+    The file is removed at the end, while it is held: those who wait for it notice and take a new one.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process is making it; waiting", what)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def clear(folder: Path, *patterns: str) -> None:

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src import leaving, retry
 from src.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -22,15 +24,19 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def entry(cfg: DictConfig) -> None:
+    hydra = HydraConfig.get()
+    out, settings = Path(hydra.runtime.output_dir), retry.settings(cfg, hydra.runtime.choices)
+    if cfg.get("retry") == "failed" and retry.settled(out, settings):
+        return  # before anything heavy is imported
     from src import job
 
     # Leaving from here spares the user Hydra's "Error executing job with overrides".
     try:
-        job.run(cfg)
+        job.run(cfg, settings)
     except UserError as error:
         _leave(str(error), 1)
-    except KeyboardInterrupt:
-        _leave("interrupted; run the same command again to go on from here", 130)
+    except KeyboardInterrupt as error:
+        _leave(*leaving.farewell(error))
 
 
 def main() -> None:
@@ -39,9 +45,11 @@ def main() -> None:
     # With this Hydra raises its errors instead of printing several lines and leaving, so that we can say them in one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        entry()
-    except KeyboardInterrupt:
-        _leave("interrupted; run the same command again to go on from here", 130)
+        sys.argv[1:] = retry.with_folder(sys.argv[1:])
+        with leaving.on_sigterm():
+            entry()
+    except KeyboardInterrupt as error:
+        _leave(*leaving.farewell(error))
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         if wants_traceback:
             raise

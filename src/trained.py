@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule
 from torch import Tensor
 
-from src import fit
+from src import fit, records
 from src.callbacks.attack_callback import AttackCallback
 from src.classifiers import own
 from src.classifiers.module import Classifier
@@ -189,7 +189,7 @@ class Workshop:
                 raise UserError(
                     "dataset.validation=0: a detector's threshold is set on clean validation images; give it a share"
                 )
-            torch.save(defended.set_thresholds(torch.cat(scores)), folder / "thresholds.pt")
+            records.save_tensors(defended.set_thresholds(torch.cat(scores)), folder / "thresholds.pt")
 
         key = content_key(**about)
         folder = self.stages.make("thresholds", key, what="thresholds of the detector", build=scored, about=about)
@@ -234,7 +234,7 @@ class Workshop:
                 callbacks=[*(callbacks or []), *extra],
                 logger=self.tracker.lightning_logger(kind),
             )
-            torch.save(module.state_dict(), folder / "weights.pt")
+            records.save_tensors(module.state_dict(), folder / "weights.pt")
 
         folder = self.stages.make(kind, key, what=what, build=train, about=about)
         if not self.stages.plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from src import records
 from src.keys import seed_of
 
 
@@ -86,9 +86,7 @@ class Collect(Callback):
             )
         for name in self.keep:
             result[name] = _in_order([part for _, kept in everyone for part in kept[name]])["value"]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        torch.save(result, temporary)
-        os.replace(temporary, self.path)
+        records.save_tensors(result, self.path)
 
 
 def _in_order(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

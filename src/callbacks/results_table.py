@@ -30,6 +30,22 @@ _JOB = "job-"  # how the keys of failed jobs begin; those of cells are hashes
 class ResultsTable(Callback):
     """Prints the table, writes it and the figures into the sweep's folder, logs both to W&B as run ``results``."""
 
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """With ``+plan=true`` say what the sweep would do, and leave: after an exception here Hydra would go on."""
+        if not config.get("plan"):
+            return
+        try:
+            from src import plan, sweep
+
+            whole, refused = sweep.planned(config)
+            plan.show(whole)
+        except Exception as error:
+            log.debug("plan", exc_info=True)
+            refused = [" ".join(str(error).split())]
+        for reason in refused:
+            print(f"error: {reason}", file=sys.stderr)
+        raise SystemExit(1 if refused else 0)
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Let a job that raised not end the sweep: its cell becomes a row that says why."""
         from hydra.core.utils import JobStatus
@@ -79,15 +95,6 @@ def gather(config: DictConfig) -> int:
     from src.tables import print_table
 
     sweep = Path(config.hydra.sweep.dir)
-    if config.get("plan"):
-        from src import plan
-        from src import records as store
-
-        plan.show(plan.gather([sweep]))
-        refused = store.find([sweep])  # a plan leaves records of jobs that cannot work only
-        for reason in dict.fromkeys(record.reason for record in refused):
-            print(f"error: {reason}", file=sys.stderr)
-        return len(refused)
     records, problems = collect(sweep)
     records = across(records)
     print_table(records)

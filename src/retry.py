@@ -1,0 +1,67 @@
+"""``+retry=failed``: a sweep once more in its own folder; jobs that are done stay as they are.
+
+Without it, a sweep that is run again finds its finished cells in the cache. With it, finished jobs are not even
+started: nothing is imported and nothing looked up for them. A job is done when it left this module's mark, for the same
+settings, and its records still lie there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import UserError
+from src.keys import content_key
+
+FLAG = "+retry=failed"
+MARK = "done.json"
+_ELSEWHERE = ("retry", "plan", "logger", "callbacks")  # settings that change no figure
+
+
+def settings(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
+    """A hash of all that a job's figures depend on, before anything is resolved."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    names = {group: str(choices.get(group)) for group in ("dataset", "classifier", "defense", "attack")}
+    return content_key(names=names, **{name: value for name, value in plain.items() if name not in _ELSEWHERE})
+
+
+def mark(out: Path, of: str, keys: Iterable[str]) -> None:
+    """Say that the job in ``out`` is done, with the keys of its records."""
+    (out / MARK).write_text(json.dumps({"settings": of, "records": list(keys)}))
+
+
+def settled(out: Path, of: str) -> bool:
+    """Whether the job in ``out`` was done with these settings."""
+    try:
+        left = json.loads((out / MARK).read_text())
+        return left["settings"] == of and all((out / "records" / f"{key}.json").exists() for key in left["records"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def with_folder(arguments: Sequence[str], sweeps: Path = Path("multirun")) -> list[str]:
+    """The arguments of a sweep with ``+retry=failed``, and the folder of the newest sweep of the same command.
+
+    Raises:
+        UserError: there is none, and no ``hydra.sweep.dir`` names one.
+    """
+    if FLAG not in arguments or any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
+        return list(arguments)
+    asked = _measured(arguments)
+    for file in sorted(sweeps.glob("*/*/multirun.yaml"), reverse=True):
+        before: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        if _measured(before["hydra"]["overrides"]["task"]) == asked:
+            return [*arguments, f"hydra.sweep.dir={file.parent}"]
+    raise UserError(
+        f"{FLAG}: no earlier sweep of this command under {sweeps}/. Give it as it was given then, with -m, or name its "
+        "folder: hydra.sweep.dir=FOLDER"
+    )
+
+
+def _measured(arguments: Iterable[str]) -> set[str]:
+    others = (FLAG, "hydra", "-", "logger", "callbacks")
+    return {argument for argument in arguments if not argument.lstrip("+").startswith(others) and argument != FLAG}

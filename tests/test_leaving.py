@@ -1,0 +1,157 @@
+"""Jobs that are told to leave, or that died: what is whole is kept, what failed is done again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.hydra_config import HydraConfig
+from pytorch_lightning import Callback
+
+from src import job, records, retry
+from src.errors import UserError
+from src.stages import Stages, alone
+from tests.conftest import Outcome
+from tests.test_pipeline import QUIET, figures, ok
+
+Command = Callable[..., Outcome]
+TINY = (
+    *QUIET, "limit.epochs=3", "limit.train_images=300", "limit.test_images=50", "attack=fgsm",
+    "defense=feature_squeezing", "threat.eps=0.2",
+)  # fmt: skip
+
+
+class Told(Callback):
+    """SIGTERM in the middle of the second epoch, or Ctrl-C when a training has stopped early."""
+
+    def __init__(self, *, when: str) -> None:
+        self.when = when
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if self.when == "epoch" and trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        if self.when == "stopped" and trainer.should_stop:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when", ["epoch", "stopped"])
+def test_a_training_told_to_leave_ends_as_one_that_was_not(command: Command, tmp_path: Path, when: str) -> None:
+    # A learning rate that spoils the weights: no epoch after the first is better, and patience ends soon.
+    more = ("classifier.fit.lr=1.0", "classifier.fit.patience=1", "limit.epochs=8") if when == "stopped" else ()
+    ok(command(*TINY, *more, "paths.artifacts=undisturbed"))
+    told = command(*TINY, *more, f"+callbacks.told._target_={__name__}.Told", f"+callbacks.told.when={when}")
+    assert told.code == (143 if when == "epoch" else 130)
+    assert told.error_lines == [told.err.strip().splitlines()[-1]]
+    assert "run the same command again" in told.err
+    assert "Traceback" not in told.err
+    assert "resuming" in ok(command(*TINY, *more)).out
+    for name in ("weights.pt", "metrics.csv"):
+        one, two = (next(tmp_path.glob(f"{place}/classifier/[!.]*/{name}")) for place in ("undisturbed", "artifacts"))
+        if name == "weights.pt":
+            first, second = (torch.load(path, weights_only=True) for path in (one, two))
+            assert all(torch.equal(first[key], second[key]) for key in first)
+        elif when == "stopped":  # no epoch more
+            assert len(two.read_text().splitlines()) <= len(one.read_text().splitlines())
+    first, second = ([figures(r) for r in records.find([tmp_path / place])] for place in ("undisturbed", "artifacts"))
+    assert first == second
+
+
+class Fails(Callback):
+    """An exception in job 1 as long as a file says so."""
+
+    def on_test_start(self, trainer, pl_module) -> None:
+        if Path("fail").exists() and HydraConfig.get().job.num == 1:
+            raise RuntimeError("out of luck")
+
+
+def test_retry_does_the_failed_jobs_only(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = ("-m", *TINY, "defense=none,feature_squeezing,jpeg", f"+callbacks.fails._target_={__name__}.Fails")
+    started: list[int] = []
+    run = job.run
+    monkeypatch.setattr(job, "run", lambda *args: (started.append(HydraConfig.get().job.num), run(*args)))
+    (tmp_path / "fail").touch()
+    assert command(*sweep).code == 1
+    assert started == [0, 1, 2]
+    (folder,) = tmp_path.glob("multirun/*/*")
+    assert "out of luck" in (folder / "results.csv").read_text()
+
+    started.clear()
+    (tmp_path / "fail").unlink()
+    ok(command(*sweep, "+retry=failed"))
+    assert started == [1]
+    assert list(tmp_path.glob("multirun/*/*")) == [folder]
+    found = records.find([folder])
+    assert len(found) == 6
+    assert {record.status for record in found} == {"done"}
+
+    started.clear()
+    next((folder / "2" / "records").glob("*.json")).unlink()
+    ok(command(*sweep, "+retry=failed", f"hydra.sweep.dir={folder}"))
+    assert started == [2]
+    assert len(records.find([folder])) == 6
+
+    started.clear()
+    other = command(*(item.replace("0.2", "0.3") for item in sweep), "+retry=failed")
+    assert other.code == 1
+    assert "no earlier sweep of this command" in other.error_lines[0]
+    ok(command(*(item.replace("0.2", "0.1") for item in sweep), "+retry=failed", f"hydra.sweep.dir={folder}"))
+    assert started == [0, 1, 2]  # other settings in that folder are not done
+
+
+def test_a_mark_that_cannot_be_read_settles_nothing(tmp_path: Path) -> None:
+    assert not retry.settled(tmp_path, "a")
+    retry.mark(tmp_path, "a", [])
+    assert retry.settled(tmp_path, "a")
+    assert not retry.settled(tmp_path, "b")
+    (tmp_path / retry.MARK).write_text("{")
+    assert not retry.settled(tmp_path, "a")
+
+
+def test_retry_without_a_sweep_to_retry_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no earlier sweep"):
+        retry.with_folder(["-m", "attack=pgd", "+retry=failed"])
+    assert retry.with_folder(["-m", "attack=pgd"]) == ["-m", "attack=pgd"]
+
+
+def _hold(path: Path, word: Path) -> None:
+    with alone(path, "it"):
+        word.touch()
+        time.sleep(60)
+
+
+def test_the_lock_of_a_holder_that_was_killed_is_free(tmp_path: Path) -> None:
+    (tmp_path / "kind").mkdir()
+    holder = multiprocessing.get_context("fork").Process(
+        target=_hold, args=(tmp_path / "kind" / ".k.lock", tmp_path / "held")
+    )
+    holder.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    os.kill(holder.pid or 0, signal.SIGKILL)
+    holder.join()
+    started = time.perf_counter()
+    Stages(tmp_path).make("kind", "k", what="it", build=lambda folder: (folder / "a").touch(), about={})
+    assert time.perf_counter() - started < 5
+    assert json.loads((tmp_path / "kind" / "k" / "meta.json").read_text())["key"] == "k"
+    assert not (tmp_path / "kind" / ".k.lock").exists()
+
+
+def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "weights.pt")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        records.save_tensors({"a": torch.zeros(3)}, tmp_path / "weights.pt")
+    assert "no space left on the device (weights.pt)" in job.explain(raised.value)
+    assert list(tmp_path.iterdir()) == []
