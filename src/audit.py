@@ -237,10 +237,10 @@ def verdict(target: str, records: Sequence[Any], out: Path, further: Iterable[st
 
     lines = [
         f"\nAudit of {target} ({first.classifier}, defense {first.defense}): {first.n} test images of {first.dataset}",
-        f"clean accuracy                     {figure(first.correct_defended, first.n)}",
+        f"{'clean accuracy':<24}{figure(first.correct_defended, first.n)}",
     ]
     if first.defense != "none":
-        lines.append(f"  without the defense              {figure(first.correct_bare, first.n)}")
+        lines.append(f"{'  without the defense':<24}{figure(first.correct_bare, first.n)}")
     groups: dict[tuple[str, float | None], list[Any]] = {}
     for record in records:
         groups.setdefault((record.norm, record.eps), []).append(record)
@@ -248,7 +248,8 @@ def verdict(target: str, records: Sequence[Any], out: Path, further: Iterable[st
         told = figure(_worst(cells, out), first.n)
         if any(unreliable(cell.flags) for cell in cells):
             told = f"unreliable (at most {told})"
-        lines.append(f"worst case, {norm} {format_eps(eps):<8} {cells[0].attack:<14} {told}")
+        access = " and ".join(cell.access for cell in cells)
+        lines.append(f"{f'worst case {norm} {format_eps(eps)}':<24}{told} ({cells[0].attack}, {access})")
     raised = {flag: record for record in records for flag in record.flags}
     lines.append("flags: none" if not raised else "flags (docs/checks.md):")
     for flag, record in raised.items():

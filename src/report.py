@@ -29,14 +29,15 @@ def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path
     Returns:
         The paths written. A sweep over several settings has ``pictures_<setting>.png`` for each of them.
     """
-    from src import frame, tables
+    from src import comparison, frame, tables
     from src.analysis import curves, pictures
 
     cells = list(records)
-    paths = [frame.write_csv(cells, out / "results.csv"), tables.write_markdown(cells, out / "results.md")]
+    files = pictures.sidecars([sidecar_folder] if isinstance(sidecar_folder, Path) else sidecar_folder)
+    further = comparison.to_markdown(cells, files)
+    paths = [frame.write_csv(cells, out / "results.csv"), tables.write_markdown(cells, out / "results.md", further)]
     if any(r.status == "done" for r in cells):
         paths.append(curves.robustness_curve(cells, out / "robustness_curve.png"))
-    files = pictures.sidecars([sidecar_folder] if isinstance(sidecar_folder, Path) else sidecar_folder)
     shown = {name: group for name, group in pictures.groups(cells).items() if pictures.choose(group, files)}
     for number, (name, group) in enumerate(shown.items()):
         if number == MAX_GRIDS:
