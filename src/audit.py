@@ -21,7 +21,18 @@ from typing import Any
 
 from src.errors import UserError
 
-KEPT = ("dataset", "classifier", "defense", "surrogate", "seed", "eot_draws", "+experiment", "paths")
+KEPT = (
+    "dataset",
+    "classifier",
+    "defense",
+    "seed",
+    "eot_draws",
+    "paths",
+    "limit.epochs",
+    "limit.train",
+    "+experiment",
+    "+debug",
+)
 FIXED = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 RADII = ("linf", "l2")
 
@@ -76,7 +87,9 @@ def audit(options: argparse.Namespace) -> str:
     limit = [f"limit.test_images={options.images}"] if options.images else []
     common = ["defense=none", "checks=full", *FIXED, *limit, *subject]
 
-    job, chosen = composed([*common, "attack=noise", "threat=linf", "threat.eps=0"])
+    # The model first, with an attack that asks nothing of it: which attack suits it is known then.
+    model = [item for item in common if not item.startswith(("attack", "threat"))]
+    job, chosen = composed([*model, "attack=noise", "threat=linf", "threat.eps=0"])
     names = Names(**{kind: chosen[kind] for kind in ("dataset", "classifier", "defense")}, attack="noise")
     stages = Stages(Path(job.paths.artifacts))
     first, _ = pipeline.prepare(job, names, stages, NoTracker())
@@ -98,7 +111,7 @@ def audit(options: argparse.Namespace) -> str:
         records += [bench.cell(max(radii), each, out / "records") for each in job.access]
     records = across(records)
     report.write_report(records, out / "records", out)
-    return verdict(options.target, records, out, commands([*subject], first.bare, records))
+    return verdict(options.target, records, out, commands([item for item in subject if item.startswith(KEPT)], records))
 
 
 def _attack(gradient: str, stochastic: bool) -> str:
@@ -134,10 +147,7 @@ def subject_of(target: str, config: Path | None) -> list[str]:
     """
     path = Path(target)
     if (path / ".hydra" / "overrides.yaml").is_file():
-        from omegaconf import OmegaConf
-
-        given = [str(item) for item in OmegaConf.load(path / ".hydra" / "overrides.yaml")]
-        return [item for item in given if item.startswith(KEPT)]
+        return _run(path / ".hydra")
     if path.is_file():
         return _weights(path, config)
     if ":" in target:
@@ -148,6 +158,16 @@ def subject_of(target: str, config: Path | None) -> list[str]:
     raise UserError(
         f"{target}: not a file, the folder of a run, module:callable, or a model of torchvision or an installed timm"
     )
+
+
+def _run(folder: Path) -> list[str]:
+    """What a run was told, and what it chose without being told."""
+    from omegaconf import OmegaConf
+
+    given = [str(item) for item in OmegaConf.load(folder / "overrides.yaml")]
+    choices = OmegaConf.select(OmegaConf.load(folder / "hydra.yaml"), "hydra.runtime.choices")
+    chosen = [f"{group}={choices[group]}" for group in ("dataset", "classifier", "defense")]
+    return [*chosen, *(item for item in given if item.startswith(KEPT) and item.split("=")[0] not in choices)]
 
 
 def _names(source: str) -> list[str]:
@@ -205,7 +225,7 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def commands(subject: Sequence[str], bare: bool, records: Sequence[Any]) -> list[str]:
+def commands(subject: Sequence[str], records: Sequence[Any]) -> list[str]:
     """Five commands that look further."""
     from src.tables import format_eps
 
@@ -237,10 +257,10 @@ def verdict(target: str, records: Sequence[Any], out: Path, further: Iterable[st
 
     lines = [
         f"\nAudit of {target} ({first.classifier}, defense {first.defense}): {first.n} test images of {first.dataset}",
-        f"clean accuracy                     {figure(first.correct_defended, first.n)}",
+        f"{'clean accuracy':<24}{figure(first.correct_defended, first.n)}",
     ]
     if first.defense != "none":
-        lines.append(f"  without the defense              {figure(first.correct_bare, first.n)}")
+        lines.append(f"{'  without the defense':<24}{figure(first.correct_bare, first.n)}")
     groups: dict[tuple[str, float | None], list[Any]] = {}
     for record in records:
         groups.setdefault((record.norm, record.eps), []).append(record)
@@ -248,7 +268,8 @@ def verdict(target: str, records: Sequence[Any], out: Path, further: Iterable[st
         told = figure(_worst(cells, out), first.n)
         if any(unreliable(cell.flags) for cell in cells):
             told = f"unreliable (at most {told})"
-        lines.append(f"worst case, {norm} {format_eps(eps):<8} {cells[0].attack:<14} {told}")
+        access = " and ".join(cell.access for cell in cells)
+        lines.append(f"{f'worst case {norm} {format_eps(eps)}':<24}{told} ({cells[0].attack}, {access})")
     raised = {flag: record for record in records for flag in record.flags}
     lines.append("flags: none" if not raised else "flags (docs/checks.md):")
     for flag, record in raised.items():

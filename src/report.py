@@ -49,17 +49,20 @@ def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path
     Returns:
         The paths written. A sweep over several settings has ``pictures_<setting>.png`` for each of them.
     """
-    from src import frame, tables
+    from src import comparison, frame, tables
 
     cells = list(records)
     files = sidecars.find([sidecar_folder] if isinstance(sidecar_folder, Path) else sidecar_folder)
-    paths = [frame.write_csv(cells, out / "results.csv"), tables.write_markdown(cells, out / "results.md")]
+    paths = [
+        frame.write_csv(cells, out / "results.csv"),
+        tables.write_markdown(cells, out / "results.md", comparison.to_markdown(cells, files)),
+    ]
     return [*paths, *_curves(cells, out, (".png",)), *_pictures(cells, files, out)]
 
 
 def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> list[Path]:
     """Everything the command line makes: tables in five formats with the worst cases, curves, pictures, report.html."""
-    from src import frame, latex, page, tables
+    from src import comparison, frame, latex, page, tables
     from src.worst import worst_cases
 
     cells = list(records)
@@ -68,7 +71,7 @@ def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> 
     paths = [
         frame.write_csv(rows, out / "results.csv"),
         frame.write_parquet(rows, out / "results.parquet"),
-        tables.write_markdown(rows, out / "results.md"),
+        tables.write_markdown(rows, out / "results.md", comparison.to_markdown(cells, files)),
         latex.write_latex(rows, out / "results.tex"),
         *_curves(cells, out, (".png", ".pdf")),
     ]

@@ -174,6 +174,12 @@ _ON_REJECTION = (
 )
 
 
+_UNRELIABLE = (
+    "`unreliable` stands where a decisive sanity check was raised, see notes and docs/checks.md: the attack, the "
+    "gradients or the data do not allow a figure. "
+)
+
+
 def reading(records: Sequence[Record]) -> str:
     """How to read the table, with the facts that make it a measurement: n, interval, threat model, date."""
     done = [r for r in records if r.status == "done"]
@@ -189,12 +195,13 @@ def reading(records: Sequence[Record]) -> str:
         "attacks the defended model through its defense and is the figure to quote. The gap, gray_box minus "
         "white_box in percentage points, is the robustness that is gone once the attacker knows the defense. "
         f"{_ON_REJECTION if any(r.clean_rejected is not None for r in done) else ''}"
+        f"{_UNRELIABLE if any(unreliable(r.flags) for r in done) else ''}"
         f"{f'{failed} cell(s) failed, see notes. ' if failed else ''}Measured {date or 'on an unknown date'}."
     )
 
 
-def write_markdown(records: Iterable[Record], path: Path) -> Path:
-    """Write ``results.md``: the side-by-side table with all its columns, then how to read it."""
+def write_markdown(records: Iterable[Record], path: Path, further: str = "") -> Path:
+    """Write ``results.md``: the side-by-side table with all its columns, how to read it, and further sections."""
     from tabulate import tabulate
 
     cells = sorted(records, key=store.order)
@@ -205,7 +212,8 @@ def write_markdown(records: Iterable[Record], path: Path) -> Path:
     body = [[value(row).replace("|", "\\|") for _, value in columns] for row in rows]
     align = ["left"] * len(identity) + ["right"] * (len(columns) - len(identity) - 1) + ["left"]
     table = tabulate(body, [name for name, _ in columns], tablefmt="pipe", colalign=align, disable_numparse=True)
-    store.write_whole(path, f"# Results\n\n{table}\n\n{reading(cells)}\n".encode())
+    text = f"# Results\n\n{table}\n\n{reading(cells)}\n"
+    store.write_whole(path, (f"{text}\n{further}" if further else text).encode())
     return path
 
 

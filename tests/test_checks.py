@@ -45,9 +45,9 @@ def test_every_flag_has_its_planted_fault_and_its_check() -> None:
 def test_every_flag_has_its_paragraph() -> None:
     text = (ROOT / "docs" / "checks.md").read_text()
     parts = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
-    assert [part.split("\n")[0] for part in parts] == list(FLAGS)
-    for part in parts:
-        name = part.split("\n")[0]
+    names = [part.split("\n")[0].strip("`") for part in parts]
+    assert names == list(FLAGS)
+    for name, part in zip(names, parts, strict=True):
         for words in ("- Figure: ", "- Raised if: ", "- What it means: ", "- What to do: "):
             assert words in part, f"{name}: {words}"
         condition = part.split("- Raised if: ")[1].split("- What it means")[0]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from src import records, report
+from src.comparison import against_best
 from src.uncertainty import exact, excess, over_seeds, paired
 from tests.planted import cell
 
@@ -63,3 +67,26 @@ def test_over_seeds() -> None:
     assert found.mean == pytest.approx(0.5)
     assert found.spread == pytest.approx(0.1)
     assert found.high - found.mean == pytest.approx(4.3027 * 0.1 / 3**0.5, abs=1e-4)
+
+
+def test_the_report_compares_seeds_and_defenses(tmp_path: Path) -> None:
+    """Two defenses over two seeds: a mean for each, and each seed's defenses image by image."""
+    cells, rng = [], np.random.default_rng(0)
+    for seed in (0, 1):
+        vae = rng.random(100) < 0.5
+        none = vae & (np.arange(100) >= 30)
+        for name, held in (("vae", vae), ("none", none)):
+            cells.append(cell(int(held.sum()), n=100, seed=seed, defense=name, key=f"{name}{seed}"))
+            records.save_sidecar(tmp_path / f"{name}{seed}.npz", {"held": held})
+    found = against_best(cells, {"vae0": vae, "none0": none, "vae1": vae})
+    assert [(each.best.key, each.other.key) for each in found] == [("vae0", "none0")]
+    report.write_report(cells, tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "## Over seeds" in text
+    assert len([line for line in text.splitlines() if "| vae " in line and "| none " in line]) == 2
+    assert len([line for line in text.splitlines() if "| pgd " in line and line.count("|") == 12]) >= 2
+
+
+def test_one_seed_and_one_defense_need_no_further_section(tmp_path: Path) -> None:
+    report.write_report([cell(50, n=100)], tmp_path, tmp_path)
+    assert "##" not in (tmp_path / "results.md").read_text()

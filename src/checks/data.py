@@ -47,4 +47,4 @@ def threshold_not_clean(defended: DefendedModel, data: ImageDataModule) -> float
     rejected = torch.cat(suspicion) > 1
     share = float(rejected.double().mean())
     chance = binomtest(int(rejected.sum()), len(rejected), defended.fpr).pvalue
-    return abs(share - defended.fpr) if chance < 1e-3 else 0.0
+    return abs(share - defended.fpr) if chance < 0.01 else 0.0

@@ -1,0 +1,135 @@
+"""Anybody's model is judged by one command."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from src import audit, records
+from src.classifiers import own
+from src.errors import UserError
+from tests import planted
+from tests.test_pipeline import QUIET, Command, ok
+
+QUICK = ("--dataset", "digits", "--images", "60", "--attack", "pgd", "attack.steps=5", "checks=cheap")
+
+
+def masked() -> nn.Module:
+    """What a user's own file might give: a network with quantised activations."""
+    return planted.trained(planted.Quantised)
+
+
+def sound() -> nn.Module:
+    return planted.trained()
+
+
+NOT_A_MODULE = 3
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*words: str, code: int = 0) -> str:
+        monkeypatch.chdir(tmp_path)
+        found = audit.main([*words, "--out", "out"])
+        told = capfd.readouterr()
+        assert found == code, told.err
+        return told.err if code else told.out
+
+    return run
+
+
+def test_a_module_and_its_callable(judged: Callable[..., str], tmp_path: Path) -> None:
+    text = judged("tests.test_audit:sound", *QUICK, "--threat", "linf:0.15", "--threat", "l2:0.5")
+    assert "flags:" not in text.replace("flags (docs/checks.md):", "")
+    found = records.find([tmp_path / "out"])
+    assert [(r.norm, r.eps, r.access, r.classifier, r.n) for r in found] == [
+        ("l2", 0.5, "white_box", "own", 60), ("linf", 0.15, "white_box", "own", 60)
+    ]  # fmt: skip
+    assert all(0 < r.robust_accuracy < r.clean_accuracy for r in found)
+    assert f"worst case linf 0.15    {100 * found[1].robust_accuracy:.1f} %" in text
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("python -m src.train")]
+    assert len(lines) == 5
+    assert all("classifier.model=tests.test_audit:sound" in line and "dataset=digits" in line for line in lines)
+    assert (tmp_path / "out" / "results.md").exists()
+
+
+def test_a_masked_model_is_unreliable(judged: Callable[..., str]) -> None:
+    text = judged("tests.test_audit:masked", *QUICK, "--threat", "linf:0.15")
+    assert re.search(r"worst case linf 0.15 +unreliable \(at most", text)
+    assert "gradient_missing = 1 (decisive)" in text
+
+
+def test_our_stages_a_run_and_a_state_dict(judged: Callable[..., str], command: Command, tmp_path: Path) -> None:
+    """One classifier, in each way it may lie about: the same network, so the same figure."""
+    ok(command(*QUIET, "limit.epochs=3", "defense=feature_squeezing", "threat.eps=0.1", "attack=noise"))
+    (run,) = tmp_path.glob("outputs/*/*")
+    (weights,) = tmp_path.glob("artifacts/classifier/[!.]*/weights.pt")
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes(weights.read_bytes())
+    (tmp_path / "net.yaml").write_text("_target_: src.classifiers.cnn3.CNN3\nwidths: [16, 32, 64]\n")
+    ways = (
+        (str(weights),),
+        (str(bare), "classifier=cnn3"),
+        (str(bare), "--config", str(tmp_path / "net.yaml")),
+    )
+    told = [judged(*way, *QUICK, "--threat", "linf:0.1") for way in ways]
+    figures = [[line for line in text.splitlines() if line.startswith(("clean", "worst"))] for text in told]
+    assert figures[0] == figures[1] == figures[2]
+    text = judged(str(run), *QUICK[2:], "--threat", "linf:0.1")
+    assert "defense feature_squeezing" in text
+    assert "gray_box and white_box" in text
+    assert figures[0][0].split()[2] in text  # the same clean accuracy without the defense
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nothing"], "module:callable"),
+        (["nowhere:net", "--dataset", "digits"], "classifier.model=nowhere:net"),
+        (["tests.test_audit:NOT_A_MODULE", "--dataset", "digits"], "classifier.model=tests.test_audit:NOT_A_MODULE"),
+        (["tests.test_audit:sound"], "--dataset"),
+        (["tests.test_audit:sound", "--dataset", "digit"], "digits"),
+        (["tests.test_audit:sound", *QUICK, "--threat", "linf:-1"], "threat.eps=-1"),
+        (["tests.test_audit:sound", *QUICK, "--threat", "l7"], "threat"),
+    ],
+)
+def test_wrong_input_is_one_line(judged: Callable[..., str], words: list[str], told: str) -> None:
+    text = judged(*words, code=1)
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert told in line
+
+
+def test_a_defense_of_ours_brings_its_classifier(tmp_path: Path) -> None:
+    """From what lies beside the weights: no run of the command is needed to see what is chosen."""
+    classifier = tmp_path / "classifier" / "abc"
+    defense = tmp_path / "defense" / "def"
+    for folder, kind, about in (
+        (classifier, "classifier", {"node": {"_target_": "src.classifiers.cnn3.CNN3", "widths": [4, 8]}}),
+        (defense, "defense", {"node": {"_target_": "src.defenses.harden.rbf.RBF", "word": "a b"}, "classifier": "abc"}),
+    ):
+        folder.mkdir(parents=True)
+        (folder / "weights.pt").write_bytes(b"")
+        (folder / "meta.json").write_text(json.dumps({"kind": kind, "what": kind, "about": about}))
+    assert audit.subject_of(str(defense / "weights.pt"), None) == [
+        "classifier=cnn3", "classifier.widths=[4,8]", f"classifier.checkpoint={classifier / 'weights.pt'}",
+        "defense=rbf", "defense.word='a b'", f"defense.checkpoint={defense / 'weights.pt'}",
+    ]  # fmt: skip
+
+
+def test_the_digest_knows_weights_and_code() -> None:
+    one, two = sound(), sound()
+    assert own.digest(one) == own.digest(two)
+    with torch.no_grad():
+        next(two.parameters())[0] += 1e-3
+    assert len({own.digest(one), own.digest(two), own.digest(nn.Flatten())}) == 3
+
+
+def test_a_missing_library_or_a_name_it_does_not_know_is_said() -> None:
+    with pytest.raises(UserError, match="timm"):
+        own.load(model="timm:no_such_model")
