@@ -103,7 +103,7 @@ def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Recor
     with config.build(job.logger, "logger", **known) as tracker:
         for record in pipeline.run(job, Names(**names), out, tracker):
             done.append(record)
-        written = report.write_report(done, out / "records", out)
+        written = [*report.write_report(done, out / "records", out), *sorted(out.glob("analysis_*.png"))]
         if any(record.created >= began for record in done):  # cells found in the cache have a run already
             relog.log_job(tracker, done, settings, [path for path in written if path.suffix == ".png"])
     if not in_sweep:

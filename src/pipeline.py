@@ -9,6 +9,7 @@ from src import fit
 from src.config import Job, build
 from src.data.base import ImageDataModule
 from src.errors import UserError
+from src.look import look
 from src.measure import Bench
 from src.plan import Plan
 from src.records import Record
@@ -29,6 +30,7 @@ def run(job: Job, names: Names, out: Path, tracker: NoTracker) -> Iterator[Recor
     for eps in radii:
         for access in job.access:
             yield bench.cell(eps, access, out / "records")
+    look(bench, radii, out)
 
 
 def plan(job: Job, names: Names) -> Plan:
