@@ -98,6 +98,7 @@ class Job(Strict):
     trainer: dict[str, Any]
     logger: dict[str, Any]
     callbacks: dict[str, Any]
+    analysis: dict[str, dict[str, Any]] = Field(default_factory=dict)
     split: typing.Literal["test", "validation"] = "test"  # images that are judged
     limit: Limit
     paths: Paths
@@ -142,8 +143,9 @@ def parse(cfg: DictConfig) -> Job:
             "threat.access=transfer: no surrogate to attack. Name the classifier that the attacker trains: "
             "+classifier@surrogate=lenet"
         )
-    for name, callback in job.callbacks.items():
-        check(callback, f"callbacks.{name}")
+    for group in ("callbacks", "analysis"):
+        for name, node in getattr(job, group).items():
+            check(node, f"{group}.{name}")
     return job
 
 

@@ -52,7 +52,7 @@ class Results(pd.DataFrame):
     def _constructor(self) -> type[Results]:
         return Results
 
-    def to_xarray(self) -> xarray.Dataset:  # type: ignore[override]
+    def to_xarray(self) -> xarray.Dataset:  # type: ignore[misc]
         """The cube over dataset, classifier, defense, attack, eps, access, seed; NaN where nothing was measured.
 
         ``norm``, ``targeted``, ``variant`` and ``n`` are further dimensions where they have more than one value, else

@@ -117,7 +117,7 @@ def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Recor
                 records.save(record, out / "records")
         if in_sweep and type(tracker) is NoTracker:
             return  # the sweep draws its own figures; those of the job would be for its run
-        written = report.write_report(done, out / "records", out)
+        written = [*report.write_report(done, out / "records", out), *sorted(out.glob("analysis_*.png"))]
         if type(tracker) is not NoTracker:
             relog.log_job(tracker, done, settings, [path for path in written if path.suffix == ".png"])
     if not in_sweep:

@@ -10,6 +10,7 @@ from src.config import Job, build
 from src.data.base import ImageDataModule
 from src.errors import UserError
 from src.keys import content_key
+from src.look import look
 from src.measure import Bench
 from src.plan import Plan
 from src.records import Record
@@ -30,13 +31,16 @@ def run(job: Job, names: Names, out: Path, tracker: NoTracker) -> Iterator[Recor
     for eps in radii:
         for access in job.access:
             yield bench.cell(eps, access, out / "records")
+    look(bench, radii, out)
 
 
 def recall(job: Job, names: Names, out: Path) -> list[Record]:
     """The records of a job whose cells are all in the cache, copied to ``out/records``; else nothing.
 
-    No weights are read for it, no trainer is built.
+    No weights are read for it, no trainer is built. A job with an analysis wants the models in any case.
     """
+    if job.analysis:
+        return []
     bench, radii = prepare(job, names, Stages(Path(job.paths.artifacts), plan=True), NoTracker())
     found: list[Record] = []
     for eps in radii:

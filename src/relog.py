@@ -20,7 +20,7 @@ from src.tracking import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
 # Where and how a job runs, not what it is.
-_BESIDE = ("logger", "callbacks", "trainer", "paths", "plan")
+_BESIDE = ("logger", "callbacks", "trainer", "paths", "plan", "analysis")
 _NAMES = ("dataset", "classifier", "defense", "attack", "variant")
 
 

@@ -1,0 +1,63 @@
+"""Is the attack finished? Loss and accuracy as it is given more steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
+
+from src.analysis.curves import BLUE, GREEN, PURPLE, VERMILLION, paper_style
+from src.analysis.scene import Analysis, Scene, finish
+from src.errors import UserError
+
+_COLORS = {"gray_box": BLUE, "white_box": VERMILLION, "black_box": GREEN, "transfer": PURPLE}
+
+
+class AttackLoss(Analysis):
+    """Mean cross-entropy and accuracy of the defended model on the attack's result after 1, 2, 4, … steps.
+
+    A loss that still rises at the end, or an accuracy that still falls, says that more steps would do more harm. The
+    last point is twice the steps that were asked for.
+
+    Args:
+        images: first images looked at.
+    """
+
+    def __init__(self, *, images: PositiveInt = 128) -> None:
+        self.images = images
+
+    def draw(self, scene: Scene, path: Path) -> Path:
+        from matplotlib.figure import Figure
+
+        if scene.steps is None:
+            raise UserError("this attack counts no steps; use one that does, such as attack=pgd")
+        budgets = sorted({1, scene.steps, 2 * scene.steps, *(2**k for k in range(12) if 2**k < scene.steps)})
+        images, labels = scene.take(self.images)
+        with paper_style():
+            figure = Figure(figsize=(7.0, 3.1), dpi=200, layout="constrained")
+            left, right = figure.subplots(1, 2)
+            for access in scene.accesses:
+                losses, accuracies = [], []
+                for steps in budgets:
+                    made = scene.attack(access, images, labels, scene.eps, steps=steps).images
+                    with torch.no_grad():
+                        logits = scene.defended(made).float()
+                    losses.append(float(F.cross_entropy(logits, labels)))
+                    accuracies.append(100 * float((logits.argmax(1) == labels).double().mean()))
+                look = {"color": _COLORS.get(access, "black"), "marker": "o", "markersize": 3.5, "label": access}
+                left.plot(budgets, losses, **look)
+                right.plot(budgets, accuracies, **look)
+            for axis in (left, right):
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(budgets, [str(b) for b in budgets])
+                axis.minorticks_off()
+                axis.set_xlabel("steps of the attack")
+                axis.axvline(scene.steps, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)))
+            left.set_ylabel("cross-entropy of the defended model (nat)")
+            right.set_ylabel("accuracy (%)")
+            right.set_ylim(-3, 103)
+            left.legend(frameon=False)
+            text = f"Dotted: the {scene.steps} steps of this job."
+            return finish(figure, f"{scene.caption(len(labels), access=', '.join(scene.accesses))} {text}", path)

@@ -1,0 +1,79 @@
+"""What is taken for what: clean, attacked and defended, and where the attack drives each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from src.analysis.curves import FONT, paper_style
+from src.analysis.scene import Analysis, Scene, finish
+
+
+class Confusion(Analysis):
+    """Four matrices: the bare classifier on clean and on attacked images, the defended model on both.
+
+    Args:
+        images: first images looked at.
+    """
+
+    def __init__(self, *, images: PositiveInt = 500) -> None:
+        self.images = images
+
+    def draw(self, scene: Scene, path: Path) -> Path:
+        from matplotlib.figure import Figure
+
+        clean, labels = scene.take(self.images)
+        access = scene.strongest
+        bare_access = "gray_box" if "gray_box" in scene.accesses else access
+        attacked = scene.attacked(access, self.images).images
+        on_bare = scene.attacked(bare_access, self.images).images
+        parts = [
+            ("bare classifier, clean", scene.answers(scene.classifier, clean)[0]),
+            (f"bare classifier, attacked ({bare_access})", scene.answers(scene.classifier, on_bare)[0]),
+            ("defended model, clean", scene.answers(scene.defended, clean)[0]),
+            (f"defended model, attacked ({access})", scene.answers(scene.defended, attacked)[0]),
+        ]
+        count = max(len(scene.classes), *(int(said.max()) + 1 for _, said in parts))
+        names = [scene.name(i) for i in range(count)]
+        with paper_style():
+            figure = Figure(figsize=(7.0, 6.6), dpi=200, layout="constrained")
+            axes = figure.subplots(2, 2).flat
+            for axis, (title, said) in zip(axes, parts, strict=True):
+                shares = confusion(labels.cpu(), said, count)
+                picture = _matrix(axis, shares, names[: len(scene.classes)], names)
+                right = float((said == labels.cpu()).double().mean())
+                axis.set_title(f"{title}: {100 * right:.1f} % right", fontsize=FONT + 1)
+            figure.colorbar(picture, ax=figure.axes, shrink=0.5, label="share of the class (%)")
+            text = (
+                "Rows: the true class; columns: the answer. Off the diagonal of the attacked: where each class flows."
+            )
+            return finish(figure, f"{scene.caption(len(labels))} {text}", path)
+
+
+def confusion(labels: Tensor, said: Tensor, count: int) -> Tensor:
+    """Percentages of each true class, ``(count, count)``; a class without images is a row of zeros."""
+    table = torch.zeros(count, count, dtype=torch.float64)
+    table.index_put_((labels, said), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+    return 100 * table / table.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def _matrix(axis: Any, shares: Tensor, rows: list[str], columns: list[str]) -> Any:
+    shown = shares[: len(rows)]
+    picture = axis.imshow(shown.numpy(), cmap="cividis", vmin=0, vmax=100)
+    crowded = len(columns) > 12
+    if not crowded:
+        for i in range(len(rows)):
+            for j in range(len(columns)):
+                if shown[i, j] >= 0.5:
+                    color = "black" if shown[i, j] > 55 else "white"
+                    axis.text(j, i, f"{shown[i, j]:.0f}", ha="center", va="center", fontsize=FONT - 1, color=color)
+    step = max(1, len(columns) // 20)
+    axis.set_xticks(range(0, len(columns), step), columns[::step], rotation=90 if len(max(columns, key=len)) > 2 else 0)
+    axis.set_yticks(range(0, len(rows), step), rows[::step])
+    axis.set_xlabel("answer")
+    axis.set_ylabel("true class")
+    return picture

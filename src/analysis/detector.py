@@ -1,0 +1,77 @@
+"""What a detector sees: its scores of clean and attacked images, the threshold, and the ROC curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+from src.analysis.curves import BLUE, GREEN, PURPLE, VERMILLION, paper_style
+from src.analysis.scene import Analysis, Scene, finish
+from src.errors import UserError
+
+_COLORS = {"gray_box": VERMILLION, "white_box": PURPLE, "black_box": GREEN, "transfer": "#000000"}
+
+
+class Detector(Analysis):
+    """Distributions of suspicion, and detection rate over false positive rate.
+
+    Attacked are the images that the model behind the detector gets wrong; the others do no harm.
+
+    Args:
+        images: first images looked at.
+    """
+
+    def __init__(self, *, images: PositiveInt = 300) -> None:
+        self.images = images
+
+    @torch.no_grad()
+    def draw(self, scene: Scene, path: Path) -> Path:
+        from matplotlib.figure import Figure
+
+        if not getattr(scene.defended, "rejects", False):
+            raise UserError("this defense rejects nothing; use one that detects, such as defense=squeezing_detector")
+        clean, labels = scene.take(self.images)
+        base = scene.defended.suspicion(clean).cpu()
+        with paper_style():
+            figure = Figure(figsize=(7.0, 3.2), dpi=200, layout="constrained")
+            left, right = figure.subplots(1, 2)
+            edges = torch.linspace(0, max(2.0, float(base.max())), 41).tolist()
+            left.hist(base.clamp(edges[0], edges[-1]), edges, color=BLUE, alpha=0.5, label=f"clean ({len(base)})")
+            for access in scene.accesses:
+                with torch.enable_grad():
+                    made = scene.attacked(access, self.images).images
+                wrong = scene.defended.logits(made).argmax(1) != labels
+                scores = scene.defended.suspicion(made[wrong]).cpu() if bool(wrong.any()) else torch.zeros(0)
+                color, label = _COLORS[access], f"attacked, {access} ({len(scores)})"
+                left.hist(scores.clamp(edges[0], edges[-1]), edges, color=color, histtype="step", label=label)
+                if len(scores):
+                    x, y, area = roc(base, scores)
+                    right.plot(x, y, color=color, label=f"{access}: AUC {area:.3f}")
+                    right.plot(float((base > 1).double().mean()), float((scores > 1).double().mean()), "o", color=color)
+            left.axvline(1, color="black", linewidth=1, linestyle=(0, (3, 2)))
+            left.set_xlabel("suspicion (1 = threshold; ends hold what lies beyond)")
+            left.set_ylabel("images")
+            left.legend(frameon=False)
+            right.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=(0, (2, 2)))
+            right.set_xlabel("clean images rejected (share)")
+            right.set_ylabel("attacked images rejected (share)")
+            right.legend(frameon=False, loc="lower right")
+            text = "The threshold (dashed, dots) is set on clean validation images."
+            return finish(figure, f"{scene.caption(len(labels), access=', '.join(scene.accesses))} {text}", path)
+
+
+def roc(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Share of clean and of attacked images at or above each score, from the highest down, and the area below."""
+    cuts = torch.cat([clean, attacked]).unique().flip(0)
+    x = (clean[None] >= cuts[:, None]).double().mean(dim=1)
+    y = (attacked[None] >= cuts[:, None]).double().mean(dim=1)
+    start = torch.zeros(1, dtype=torch.float64)
+    x, y = torch.cat([start, x]), torch.cat([start, y])
+    scores = torch.cat([clean, attacked])
+    ranks = torch.unique(scores, return_inverse=True)[1].double() / len(scores)
+    truth = torch.cat([torch.zeros(len(clean)), torch.ones(len(attacked))]).long()
+    return x, y, float(binary_auroc(ranks, truth))

@@ -1,0 +1,89 @@
+"""Where images lie in the penultimate layer: clean, attacked and purified, joined by lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from src.analysis.curves import BLUE, GREEN, VERMILLION, paper_style
+from src.analysis.scene import Analysis, Scene, finish
+from src.errors import UserError
+
+
+class Representation(Analysis):
+    """PCA and t-SNE (van der Maaten and Hinton 2008) of what the last layer sees.
+
+    Args:
+        images: first images looked at.
+        seed: of t-SNE, whose picture depends on it.
+    """
+
+    def __init__(self, *, images: PositiveInt = 150, seed: NonNegativeInt = 0) -> None:
+        self.images = images
+        self.seed = seed
+
+    def draw(self, scene: Scene, path: Path) -> Path:
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+
+        clean, labels = scene.take(self.images)
+        if len(labels) < 5:
+            raise UserError(f"{len(labels)} images are too few; expected at least 5 (limit.test_images, images)")
+        attacked = scene.attacked(scene.strongest, self.images).images
+        with torch.no_grad():
+            purified = scene.defended.purified(attacked) if hasattr(scene.defended, "purified") else attacked
+        sets = {"clean": clean, f"attacked ({scene.strongest})": attacked}
+        if not torch.equal(purified, attacked):
+            sets["purified"] = purified
+        points = torch.cat([features(scene.classifier, each) for each in sets.values()]).cpu().numpy()
+        pca = PCA(2, random_state=self.seed)
+        perplexity = min(30.0, (len(points) - 1) / 3)
+        planes = {
+            "PCA": pca.fit_transform(points),
+            "t-SNE": TSNE(2, random_state=self.seed, perplexity=perplexity, init="pca").fit_transform(points),
+        }
+        kept = 100 * pca.explained_variance_ratio_
+        axes_names = {"PCA": [f"component {i + 1} ({kept[i]:.0f} %)" for i in (0, 1)], "t-SNE": ["t-SNE 1", "t-SNE 2"]}
+        looks = dict(zip(sets, [(BLUE, "o"), (VERMILLION, "X"), (GREEN, "^")], strict=False))
+        with paper_style():
+            figure = Figure(figsize=(7.0, 3.8), dpi=200, layout="constrained")
+            for axis, (title, plane) in zip(figure.subplots(1, 2), planes.items(), strict=True):
+                _plane(axis, plane, len(labels), looks)
+                axis.set_title(title)
+                axis.set_xlabel(axes_names[title][0])
+                axis.set_ylabel(axes_names[title][1])
+            handles = [Line2D([], [], color=c, marker=m, linestyle="none", label=n) for n, (c, m) in looks.items()]
+            figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
+            text = "Penultimate layer of the bare classifier (no unit); a line joins the versions of one image."
+            return finish(figure, f"{scene.caption(len(labels))} {text}", path)
+
+
+@torch.no_grad()
+def features(classifier: Any, images: Tensor) -> Tensor:
+    """What the last layer of the classifier sees, ``(B, D)``.
+
+    Raises:
+        UserError: the classifier does not say what its last layer is.
+    """
+    network = getattr(classifier, "network", classifier)
+    while not hasattr(network, "features") and hasattr(network, "classifier"):
+        network = getattr(network.classifier, "network", network.classifier)
+    if not hasattr(network, "features"):
+        raise UserError(f"{type(network).__name__} has no features(images); use a classifier of conf/classifier")
+    return torch.cat([network.features(part).float().flatten(1) for part in images.split(256)])
+
+
+def _plane(axis: Any, plane: Any, count: int, looks: dict[str, tuple[str, str]]) -> None:
+    versions = plane.reshape(len(looks), count, 2)
+    for i in range(count):
+        axis.plot(versions[:, i, 0], versions[:, i, 1], color="#bbbbbb", linewidth=0.4, zorder=1)
+    for version, (color, marker) in zip(versions, looks.values(), strict=True):
+        axis.scatter(
+            version[:, 0], version[:, 1], s=12, color=color, marker=marker, linewidths=0.3, zorder=2, alpha=0.8
+        )
