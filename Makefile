@@ -28,6 +28,12 @@ test: setup  ## The default tests: no network, no data beyond what packages bund
 test-full: setup  ## The slow tests as well
 	$(BIN)/python -m pytest -q -n auto -m 'slow or not slow'
 
+test-faults: setup  ## Kill, fill and damage a sweep: is a record lost, doubled or made twice? ARGS="--kills 30 --seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults $(ARGS)
+
+test-launchers: setup  ## The same sweep by every launcher whose plugin is installed: the same records?
+	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout 1200 tests/test_launchers.py
+
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
@@ -54,7 +60,10 @@ bench-parity: peers  ## Are our attacks as strong as other libraries'? ARGS="--r
 bench-attacks: peers  ## Are our attacks faster than other libraries'? ARGS="--root DIR"
 	$(PEERS)/bin/python -W ignore -m benchmarks.attacks $(ARGS)
 
-bench: bench-train bench-parity bench-attacks  ## All benchmarks
+bench-sweep: setup  ## What the cache saves, what a cached cell costs, plan and table of 10,000 cells. ARGS="--root DIR"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep $(ARGS)
+
+bench: bench-train bench-parity bench-attacks bench-sweep  ## All benchmarks
 
 pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproject.toml
 	$(COMPILE) --output-file requirements.txt
@@ -64,4 +73,5 @@ pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproje
 clean:  ## Remove the environment and caches (never outputs, artifacts or data)
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup demo test test-full lint format peers bench-train bench-parity bench-attacks bench pins clean
+.PHONY: help setup demo test test-full test-faults test-launchers lint format peers bench-train bench-parity \
+  bench-attacks bench-sweep bench pins clean
