@@ -32,6 +32,12 @@ test-checks: setup  ## Do planted faults raise their flags? Prints faults by fla
 	$(BIN)/python -W ignore -m tests.planted
 	$(BIN)/python -m pytest -q tests/test_checks.py
 
+test-faults: setup  ## Kill, fill and damage a sweep: is a record lost, doubled or made twice? ARGS="--kills 30 --seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults $(ARGS)
+
+test-launchers: setup  ## The same sweep by every launcher whose plugin is installed: the same records?
+	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout 1200 tests/test_launchers.py
+
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
@@ -61,7 +67,10 @@ bench-attacks: peers  ## Are our attacks faster than other libraries'? ARGS="--r
 bench-twos: setup  ## Which share of MNIST twos do targeted attacks turn into sixes? ARGS="--root DIR"
 	$(BIN)/python -W ignore -m benchmarks.twos $(ARGS)
 
-bench: bench-train bench-parity bench-attacks bench-twos  ## All benchmarks
+bench-sweep: setup  ## What the cache saves, what a cached cell costs, plan and table of 10,000 cells. ARGS="--root DIR"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep $(ARGS)
+
+bench: bench-train bench-parity bench-attacks bench-twos bench-sweep  ## All benchmarks
 
 pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproject.toml
 	$(COMPILE) --output-file requirements.txt
@@ -71,4 +80,5 @@ pins: setup  ## Compile requirements.txt and requirements-peers.txt from pyproje
 clean:  ## Remove the environment and caches (never outputs, artifacts or data)
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup demo test test-full test-checks lint format peers bench-train bench-parity bench-attacks bench-twos bench pins clean
+.PHONY: help setup demo test test-full test-checks test-faults test-launchers lint format peers bench-train bench-parity \
+  bench-attacks bench-twos bench-sweep bench pins clean

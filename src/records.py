@@ -6,6 +6,7 @@ few example pictures, so that figures can be drawn again without loading a model
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -90,6 +91,7 @@ class Record(BaseModel):
         )  # fmt: skip
 
 
+@functools.cache  # scipy takes a millisecond; the same counts come again and again
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion (Wilson 1927); ``(0, 1)`` when there is nothing to go by."""
     from scipy.stats import binomtest

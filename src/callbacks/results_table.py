@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a callback is built for every command, also for --cfg job: 
     from src.records import Record
 
 log = logging.getLogger(__name__)
+SHOWN = 1000  # cells printed at most; the files have all
 _JOB = "job-"  # how the keys of failed jobs begin; those of cells are hashes
 
 
@@ -97,7 +98,11 @@ def gather(config: DictConfig) -> int:
     sweep = Path(config.hydra.sweep.dir)
     records, problems = collect(sweep)
     records = across(records)
-    print_table(records)
+    shown = records if len(records) <= SHOWN else [record for record in records if record.status == "failed"][:SHOWN]
+    if len(shown) < len(records):
+        print(f"{len(records)} cells are too many to show here: {sweep / 'results.md'}; failed: {len(shown)}")
+    if shown:
+        print_table(shown)
     paths = write_report(records, sweep, sweep)
     failed = sum(record.status == "failed" for record in records)
     log_results(config, sweep, records, paths)
