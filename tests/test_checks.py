@@ -171,8 +171,8 @@ def test_a_stochastic_defense_is_drawn_again(command: Command) -> None:
     """Each draw of its noise has its own accuracy; the first is the one that counts."""
     outcome = ok(
         command(
-            *QUIET, "limit.epochs=3", "limit.test_images=100", "defense=autoencoder", "defense.noise=0.3",
-            "defense.fit.epochs=3", "threat.eps=0.1", "threat.access=white_box", "attack.steps=3", "eot_draws=2",
+            *QUIET, "limit.epochs=3", "limit.test_images=100", "defense=smoothing", "defense.votes=1",
+            "defense.certify_images=0", "defense.sigma=0.2", "threat.eps=0.1", "threat.access=white_box", "attack.steps=3", "eot_draws=2",
             "checks=full",
         )
     )  # fmt: skip
