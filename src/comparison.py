@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -92,6 +93,19 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
             + "\n\nMean robust accuracy"
             " over the seeds in %, its interval by Student's t, and the standard deviation between seeds: how much the "
             "figure depends on the training and on the attack's random numbers.\n"
+        )
+    if drawn := [record for record in records if record.robust_accuracy_redraws]:
+        rows = []
+        for record in drawn:
+            values = [record.robust_accuracy or 0.0, *record.robust_accuracy_redraws]
+            rows.append(
+                [*about(record), name(record), len(values), percent(mean(values)), percent(stdev(values)),
+                 f"{percent(min(values))} to {percent(max(values))}"]
+            )  # fmt: skip
+        head = [*heads, "defense", "draws", "mean", "sd", "least to most"]
+        parts.append(
+            "## Over redraws\n\n" + tabulate(rows, head, tablefmt="pipe", disable_numparse=True) + "\n\nRobust accuracy"
+            " in % of a stochastic defense on the same attacked images, drawn again.\n"
         )
     if pairs := against_best(records, read_held(records, files)):
         rows = [

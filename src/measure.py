@@ -28,8 +28,8 @@ from src.config import Job, build
 from src.data.augment import to_float
 from src.data.base import ImageDataModule
 from src.errors import UserError
-from src.keys import content_key, source_digest
-from src.outcome import Table, to_record, to_sidecar
+from src.keys import content_key, seed_of, source_digest
+from src.outcome import Table, has_held, to_record, to_sidecar
 from src.records import Record
 from src.stages import Stages, alone
 from src.subject import Names, Subject
@@ -37,6 +37,7 @@ from src.threat import Access, ThreatModel
 
 log = logging.getLogger(__name__)
 
+REDRAWS = 4  # of a stochastic defense, beside the one that is counted
 CHECKS = (probe, model_checks, attack_checks, data_checks, Look)
 LOOKED_AT = {"cheap": 64, "full": 256}  # first images that the checks, and the examples, are taken from
 
@@ -175,6 +176,7 @@ class Bench:
             stages=self.keys,
             uses=sorted({*self._common, *self.stages.used}),
             checks=self._checks(threat, access, made, seen),
+            robust_accuracy_redraws=self._redrawn(made["image"]),
             wall_seconds=round(time.perf_counter() - started, 3),
         )
         log.info("%s %s eps %.4g %s: robust accuracy %.4f (n=%d)", self.names.defense, self.names.attack,
@@ -256,7 +258,9 @@ class Bench:
         if (stored := self._examples(threat, access)) is not None:
             table = torch.load(stored / "examples.pt", weights_only=True)
         else:
-            table = self._test(self.subject.defended, self._callback(threat, self._target(access)), keep=self._few)
+            again = self._full and self.subject.defended.stochastic  # other draws are shown every image
+            keep = self._few | ({"image": None} if again else {})
+            table = self._test(self.subject.defended, self._callback(threat, self._target(access)), keep=keep)
         return _within(table, threat) if self.attack.minimal else table
 
     def _examples(self, threat: ThreatModel, access: Access) -> Path | None:
@@ -284,6 +288,13 @@ class Bench:
     def _few(self) -> dict[str, int | None]:
         return dict.fromkeys(("image", "clean"), LOOKED_AT[self.job.checks])
 
+    def _redrawn(self, images: Tensor) -> list[float]:
+        """Accuracies on the same attacked images under other draws of a stochastic defense."""
+        if not (self._full and self.subject.defended.stochastic):
+            return []
+        draws = (seed_of(self.job.seed, 3, draw) for draw in range(REDRAWS))
+        return [float(has_held(self._clean, self._shown(images, seed)).double().mean()) for seed in draws]
+
     def _stored(self, model: Any, role: str, threat: ThreatModel, target: torch.nn.Module | None = None) -> Path:
         """Attacked images kept as a stage: those on a classifier serve every defense, minimal ones every eps."""
         parts = {"data": self.keys["data"], role: self.keys[role], **self._attack_parts(threat)}
@@ -297,11 +308,16 @@ class Bench:
 
         return self.stages.make("examples", content_key(**parts), what=what, build=make, about=parts)
 
-    def _shown(self, images: Tensor) -> Table:
-        return self._test(self.subject.defended, Replay(images), keep=self._few)
+    def _shown(self, images: Tensor, seed: int | None = None) -> Table:
+        return self._test(self.subject.defended, Replay(images), keep=self._few, seed=seed)
 
     def _test(
-        self, module: Any, *callbacks: Callback, path: Path | None = None, keep: dict[str, int | None] | None = None
+        self,
+        module: Any,
+        *callbacks: Callback,
+        path: Path | None = None,
+        keep: dict[str, int | None] | None = None,
+        seed: int | None = None,
     ) -> Table:
         watchers = [build(node, f"callbacks.{name}") for name, node in self.job.callbacks.items()]
         with tempfile.TemporaryDirectory() as scratch:
@@ -310,7 +326,7 @@ class Bench:
                 self.data,
                 config=self.job.trainer,
                 path=path or Path(scratch) / "collected.pt",
-                seed=self.job.seed,
+                seed=self.job.seed if seed is None else seed,
                 callbacks=[*callbacks, *watchers],
                 keep=keep,
             )

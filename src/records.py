@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from src.errors import UserError
 
-SCHEMA_VERSION = 2  # 2: checks
+SCHEMA_VERSION = 2  # 2: checks, redraws
 
 
 class Record(BaseModel):
@@ -55,6 +55,8 @@ class Record(BaseModel):
     robust_accuracy_low: float | None = None  # 95 % Wilson interval
     robust_accuracy_high: float | None = None
     robust_accuracy_bare: float | None = None  # bare classifier under the same images (gray_box only)
+    # Of a stochastic defense with checks=full: the same attacked images under other draws than the one counted above.
+    robust_accuracy_redraws: list[float] = Field(default_factory=list)
     attack_success_rate: float | None = None  # share of the defended model's right answers that the attack turned
     distance_median: float | None = None  # over the images the attack worked on, in `norm`
     distance_max: float | None = None

@@ -165,3 +165,21 @@ def test_a_threshold_by_hand_is_said(command: Command) -> None:
     (record,) = records.find(outcome.runs())
     assert "threshold_not_clean" in record.flags
     assert record.checks["threshold_not_clean"] == pytest.approx(0.05)
+
+
+def test_a_stochastic_defense_is_drawn_again(command: Command) -> None:
+    """Each draw of its noise has its own accuracy; the first is the one that counts."""
+    outcome = ok(
+        command(
+            *QUIET, "limit.epochs=3", "limit.test_images=100", "defense=smoothing", "defense.votes=1",
+            "defense.certify_images=0", "defense.sigma=0.2", "threat.eps=0.1", "threat.access=white_box", "attack.steps=3", "eot_draws=2",
+            "checks=full",
+        )
+    )  # fmt: skip
+    (run,) = outcome.runs()
+    (record,) = records.find([run])
+    assert len(record.robust_accuracy_redraws) == 4
+    assert len(set(record.robust_accuracy_redraws)) > 1
+    assert max(abs(value - record.robust_accuracy) for value in record.robust_accuracy_redraws) < 0.2
+    assert record.checks["redraws_disagree"] > 0
+    assert "## Over redraws" in (run / "results.md").read_text()
