@@ -66,7 +66,7 @@ class Detector(Analysis):
 
 def roc(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor, float]:
     """Share of clean and of attacked images at or above each score, from the highest down, and the area below."""
-    cuts = torch.cat([clean, attacked]).unique().flip(0)
+    cuts = torch.cat([clean, attacked]).sort(descending=True).values
     x = (clean[None] >= cuts[:, None]).double().mean(dim=1)
     y = (attacked[None] >= cuts[:, None]).double().mean(dim=1)
     start = torch.zeros(1, dtype=torch.float64)

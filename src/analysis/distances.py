@@ -50,5 +50,5 @@ class Distances(Analysis):
             axis.set_xlim(left=0)
             axis.legend(frameon=False)
             text = "Dotted: median. Images wrong from the start count as turned at 0."
-            caption = scene.caption(len(labels), eps=float("inf"), access=", ".join(scene.accesses))
+            caption = scene.caption(len(labels), radius="inf", access=", ".join(scene.accesses))
             return finish(figure, f"{caption} {text}", path)
