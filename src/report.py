@@ -59,6 +59,7 @@ def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path
 def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> list[Path]:
     """Everything the command line makes: tables in five formats with the worst cases, curves, pictures, report.html."""
     from src import frame, latex, page, tables
+    from src.analysis.cost import cost_scatter
     from src.worst import worst_cases
 
     cells = list(records)
@@ -71,6 +72,7 @@ def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> 
         latex.write_latex(rows, out / "results.tex"),
         *_curves(cells, out, (".png", ".pdf")),
     ]
+    paths += [path for path in (cost_scatter(cells, out / f"cost{kind}") for kind in (".png", ".pdf")) if path]
     pictures = _pictures(cells, files, out)
     return [*paths, *pictures, page.write_page(rows, out / "report.html", pictures)]
 

@@ -13,12 +13,12 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from src import config
-from src.analysis import activations, confusion, detector, reconstructions, representation
+from src.analysis import activations, confusion, cost, detector, reconstructions, representation
 from src.analysis.scene import Scene, draw
 from src.command import CONF
 from src.errors import UserError
 from tests.conftest import Linear, Outcome, choices
-from tests.test_report import is_drawn
+from tests.test_report import cell, failed, is_drawn
 
 
 def test_confusion_is_a_share_of_each_class() -> None:
@@ -156,3 +156,12 @@ def test_a_job_draws_what_it_was_asked_for(command: Callable[..., Outcome]) -> N
     assert wrong.code == 1
     assert wrong.error_lines
     assert "analysis=distances" in wrong.error_lines[0]
+
+
+def test_cost_is_shown_at_the_largest_finite_eps_of_what_was_timed(tmp_path: Path) -> None:
+    timed = [cell(eps, defense_ms_per_image=2.0) for eps in (0.1, 0.3, float("inf"))]
+    assert [r.eps for r in cost.strongest([*timed, cell(0.5, defense="jpeg"), failed()])] == [0.3]
+    path = cost.cost_scatter(timed, tmp_path / "cost.png")
+    assert path is not None
+    assert is_drawn(path)
+    assert cost.cost_scatter([cell()], tmp_path / "none.png") is None
