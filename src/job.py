@@ -104,7 +104,8 @@ def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Recor
         for record in pipeline.run(job, Names(**names), out, tracker):
             done.append(record)
         written = [*report.write_report(done, out / "records", out), *sorted(out.glob("analysis_*.png"))]
-        if any(record.created >= began for record in done):  # cells found in the cache have a run already
+        # Cells found in the cache have a run already.
+        if job.analysis or any(record.created >= began for record in done):
             relog.log_job(tracker, done, settings, [path for path in written if path.suffix == ".png"])
     if not in_sweep:
         tables.print_table(done)
