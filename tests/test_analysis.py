@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from src import config
-from src.analysis import activations, confusion, cost, detector, reconstructions, representation
+from src import config, sidecars
+from src.analysis import activations, confusion, cost, detector, reconstructions, representation, side_by_side
 from src.analysis.scene import Scene, draw
 from src.command import CONF
 from src.errors import UserError
 from tests.conftest import Linear, Outcome, choices
-from tests.test_report import cell, failed, is_drawn
+from tests.test_report import cell, failed, is_drawn, sidecar
 
 
 def test_confusion_is_a_share_of_each_class() -> None:
@@ -165,3 +166,22 @@ def test_cost_is_shown_at_the_largest_finite_eps_of_what_was_timed(tmp_path: Pat
     assert path is not None
     assert is_drawn(path)
     assert cost.cost_scatter([cell()], tmp_path / "none.png") is None
+
+
+def test_attacks_stand_side_by_side_on_the_same_images(tmp_path: Path) -> None:
+    cells = [cell(eps, attack=a, norm="l2") for a in ("fgsm", "cw") for eps in (0.1, float("inf"))]
+    for record in cells:
+        sidecar(record, tmp_path)
+    (group,) = side_by_side.groups([*cells, cell(defense="jpeg")]).values()
+    assert [(r.attack, r.eps) for r in group] == [("cw", float("inf")), ("fgsm", float("inf"))]
+    path = side_by_side.side_by_side(group, sidecars.find([tmp_path]), tmp_path / "a.png")
+    assert path is not None
+    assert is_drawn(path)
+    assert side_by_side.side_by_side(group, {}, tmp_path / "b.png") is None
+
+
+def test_sizes_of_a_change_by_hand() -> None:
+    change = np.zeros((1, 2, 2, 2), dtype=np.float32)
+    change[0, 0, 0, 0], change[0, 1, 0, 0], change[0, 0, 1, 1] = 3, -4, 12
+    sizes = {norm: side_by_side.distance(change, norm)[0] for norm in ("l0", "l1", "l2", "linf")}
+    assert sizes == {"l0": 2, "l1": 19, "l2": 13, "linf": 12}

@@ -85,7 +85,8 @@ class Scene:
     def caption(self, count: int, *, radius: str | None = None, access: str | None = None) -> str:
         """What every figure says below itself: how many images, under which threat."""
         shown = format_eps(self.eps) if radius is None else radius
-        return f"n = {count:,} first images, attacked anew for this picture. Threat model: {self.threat}, ε = {shown}, {access or self.strongest}."
+        threat = f"{self.threat}, ε = {shown}, {access or self.strongest}"
+        return f"n = {count:,} first images, attacked anew for this picture. Threat model: {threat}."
 
 
 class Analysis(ABC):
