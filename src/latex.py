@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from src import records as store
 from src.records import Record
-from src.tables import reading, side_by_side, text_columns
+from src.tables import reading, shared, side_by_side, text_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,11 +26,10 @@ def write_latex(records: Iterable[Record], path: Path) -> Path:
 
     cells = sorted(records, key=store.order)
     rows = side_by_side(cells)
-    columns = text_columns(rows)
-    same = {name: values[0] for name, values in columns.items() if len(set(values)) == 1 and name != "notes"}
-    shared = ", ".join(f"{name} {value}" for name, value in same.items() if value not in ("", "-"))
-    shown = {name: values for name, values in columns.items() if name not in same and name != "notes"}
-    caption = f"{f'{shared}. ' if shared else ''}{reading(cells)}"
+    same, shown = shared(text_columns(rows))
+    shown.pop("notes", None)
+    words = ", ".join(f"{name} {value}" for name, value in same.items() if value)
+    caption = f"{f'{words}. ' if words else ''}{reading(cells)}"
     text = latex(pd.DataFrame(shown if rows else {"no cells": []}), caption=caption, label="tab:results")
     store.write_whole(path, text.encode())
     return path

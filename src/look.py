@@ -39,8 +39,14 @@ def scene(bench: Bench, radii: tuple[float, ...]) -> Scene:
         "transfer": subject.surrogate,
     }
 
-    def attacked(access: str, images: Tensor, labels: Tensor, eps: float, steps: int | None = None) -> Any:
-        threat = ThreatModel(norm=job.norm, eps=eps, targeted=job.threat.targeted, quantize=job.threat.quantize)
+    def attacked(
+        access: str, images: Tensor, labels: Tensor, eps: float, steps: int | None = None, exhaust: bool | None = None
+    ) -> Any:
+        elsewhere = access in ("gray_box", "transfer")  # what another model is shown has to go beyond the boundary
+        threat = ThreatModel(
+            norm=job.norm, eps=eps, targeted=job.threat.targeted, quantize=job.threat.quantize,
+            exhaust=elsewhere if exhaust is None else exhaust,
+        )  # fmt: skip
         chosen = attack
         if steps is not None:
             chosen = copy.copy(attack)

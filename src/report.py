@@ -63,6 +63,7 @@ def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path
 def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> list[Path]:
     """Everything the command line makes: tables in five formats with the worst cases, curves, pictures, report.html."""
     from src import comparison, frame, latex, page, tables
+    from src.analysis.cost import cost_scatter
     from src.worst import worst_cases
 
     cells = list(records)
@@ -75,7 +76,8 @@ def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> 
         latex.write_latex(rows, out / "results.tex"),
         *_curves(cells, out, (".png", ".pdf")),
     ]
-    pictures = _pictures(cells, files, out)
+    paths += [path for path in (cost_scatter(cells, out / f"cost{kind}") for kind in (".png", ".pdf")) if path]
+    pictures = [*_pictures(cells, files, out), *_side_by_side(cells, files, out)]
     return [*paths, *pictures, page.write_page(rows, out / "report.html", pictures)]
 
 
@@ -102,11 +104,29 @@ def _pictures(cells: Sequence[Record], files: dict[str, Path], out: Path) -> lis
             left = ", ".join("-".join(n) for n in list(shown)[MAX_GRIDS:])
             log.warning("pictures: drew %d settings, left out %d: %s", MAX_GRIDS, len(shown) - MAX_GRIDS, left)
             break
-        setting = re.sub(r"[^\w.=-]+", "_", "-".join(name))
-        file = "pictures.png" if len(shown) == 1 else f"pictures_{setting}.png"
+        file = "pictures.png" if len(shown) == 1 else f"pictures_{_file('-'.join(name))}.png"
         if (path := pictures.picture_grid(group, files, out / file)) is not None:
             paths.append(path)
     return paths
+
+
+def _side_by_side(cells: Sequence[Record], files: dict[str, Path], out: Path) -> list[Path]:
+    from src.analysis import side_by_side
+
+    groups = side_by_side.groups(cells)
+    if len(groups) > MAX_GRIDS:
+        left = ", ".join(list(groups)[MAX_GRIDS:])
+        log.warning("attacks side by side: drew %d settings, left out %s", MAX_GRIDS, left)
+    drawn = [
+        side_by_side.side_by_side(group, files, out / f"attacks_{_file(name)}.png")
+        for name, group in list(groups.items())[:MAX_GRIDS]
+    ]
+    return [path for path in drawn if path is not None]
+
+
+def _file(name: str) -> str:
+    """As part of a file's name."""
+    return re.sub(r"[^\w.=-]+", "_", name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -232,14 +232,14 @@ def print_table(records: Iterable[Record], console: Console | None = None) -> No
     if not rows:
         console.print("No cells: nothing was measured.")
         return
-    same, cells = _shared(text_columns(rows))
+    same, cells = shared(text_columns(rows))
     unbounded = console.options.update(width=100_000, max_width=100_000)
     table = _rich_table(rows, cells)
     needed = Measurement.get(console, unbounded, table).maximum
     notes: list[str] = []
     width = console.width
     if needed > width and console.is_terminal:
-        _, cells = _shared(text_columns(rows, "\n"))
+        _, cells = shared(text_columns(rows, "\n"))
         notes = list(dict.fromkeys(filter(None, cells.get("notes", []))))
         cells |= {"notes": [str(notes.index(n) + 1) if n else "" for n in cells["notes"]]} if notes else {}
         table = _rich_table(rows, cells)
@@ -263,7 +263,7 @@ def text_columns(rows: Sequence[Row], separator: str = " ") -> dict[str, list[st
     return {name: [value(row) for row in rows] for name, value in columns}
 
 
-def _shared(cells: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
+def shared(cells: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Split columns into those that say the same in every row and those worth showing."""
     same: dict[str, str] = {}
     for name in [name for name, _ in IDENTITY] + ["n"]:

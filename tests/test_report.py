@@ -224,7 +224,8 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         store.save(record, tmp_path / "run" / "records")
         sidecar(record, tmp_path / "run" / "records")
     assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
-    names = {"results.csv", "results.md", "robustness_curve.png", "pictures.png"}
+    tables_ = {f"results.{kind}" for kind in ("csv", "parquet", "md", "tex")}
+    names = tables_ | {"robustness_curve.png", "robustness_curve.pdf", "pictures.png", "report.html"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     out = capsys.readouterr().out
     assert "60.0 [50.2, 69.1]" in out

@@ -37,13 +37,14 @@ class Activations(Analysis):
         if not before:
             raise UserError("the classifier has no convolution or linear layer to look at")
         names = list(before)
-        spatial = [name for name in names if before[name].dim() == 4]
+        spatial = [name for name in names if before[name].dim() == 4 and before[name].shape[-1] > 1]
         chosen = spatial[:: max(1, len(spatial) // self.maps)][: self.maps]
         turned = (after[names[-1]].argmax(1) != before[names[-1]].argmax(1)).nonzero().flatten()
         one = int(turned[0]) if len(turned) else 0
         with paper_style():
             figure = Figure(figsize=(7.0, 4.6), dpi=200, layout="constrained")
-            top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+            halves: Any = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+            top, bottom = halves
             axis = top.subplots()
             for label, other, color, marker in (
                 (f"attacked ({scene.strongest})", after, VERMILLION, "s"),

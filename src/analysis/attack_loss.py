@@ -33,7 +33,8 @@ class AttackLoss(Analysis):
 
         if scene.steps is None:
             raise UserError("this attack counts no steps; use one that does, such as attack=pgd")
-        budgets = sorted({1, scene.steps, 2 * scene.steps, *(2**k for k in range(12) if 2**k < scene.steps)})
+        powers = (2**k for k in range(12) if 2**k <= scene.steps / 1.5)  # labels of two near each other would touch
+        budgets = sorted({1, scene.steps, 2 * scene.steps, *powers})
         images, labels = scene.take(self.images)
         with paper_style():
             figure = Figure(figsize=(7.0, 3.1), dpi=200, layout="constrained")
@@ -41,7 +42,7 @@ class AttackLoss(Analysis):
             for access in scene.accesses:
                 losses, accuracies = [], []
                 for steps in budgets:
-                    made = scene.attack(access, images, labels, scene.eps, steps=steps).images
+                    made = scene.attack(access, images, labels, scene.eps, steps=steps, exhaust=True).images
                     with torch.no_grad():
                         logits = scene.defended(made).float()
                     losses.append(float(F.cross_entropy(logits, labels)))
@@ -55,9 +56,9 @@ class AttackLoss(Analysis):
                 axis.minorticks_off()
                 axis.set_xlabel("steps of the attack")
                 axis.axvline(scene.steps, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)))
-            left.set_ylabel("cross-entropy of the defended model (nat)")
-            right.set_ylabel("accuracy (%)")
+            left.set_ylabel("cross-entropy (nat)")
+            right.set_ylabel("accuracy, defended (%)")
             right.set_ylim(-3, 103)
             left.legend(frameon=False)
-            text = f"Dotted: the {scene.steps} steps of this job."
+            text = f"Of the defended model; what is turned is attacked on. Dotted: the {scene.steps} steps of this job."
             return finish(figure, f"{scene.caption(len(labels), access=', '.join(scene.accesses))} {text}", path)

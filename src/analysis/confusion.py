@@ -33,9 +33,9 @@ class Confusion(Analysis):
         on_bare = scene.attacked(bare_access, self.images).images
         parts = [
             ("bare classifier, clean", scene.answers(scene.classifier, clean)[0]),
-            (f"bare classifier, attacked ({bare_access})", scene.answers(scene.classifier, on_bare)[0]),
+            (f"bare, attacked ({bare_access})", scene.answers(scene.classifier, on_bare)[0]),
             ("defended model, clean", scene.answers(scene.defended, clean)[0]),
-            (f"defended model, attacked ({access})", scene.answers(scene.defended, attacked)[0]),
+            (f"defended, attacked ({access})", scene.answers(scene.defended, attacked)[0]),
         ]
         count = max(len(scene.classes), *(int(said.max()) + 1 for _, said in parts))
         names = [scene.name(i) for i in range(count)]
@@ -48,10 +48,11 @@ class Confusion(Analysis):
                 right = float((said == labels.cpu()).double().mean())
                 axis.set_title(f"{title}: {100 * right:.1f} % right", fontsize=FONT + 1)
             figure.colorbar(picture, ax=figure.axes, shrink=0.5, label="share of the class (%)")
+            accesses = " and ".join(dict.fromkeys((bare_access, access)))
             text = (
                 "Rows: the true class; columns: the answer. Off the diagonal of the attacked: where each class flows."
             )
-            return finish(figure, f"{scene.caption(len(labels))} {text}", path)
+            return finish(figure, f"{scene.caption(len(labels), access=accesses)} {text}", path)
 
 
 def confusion(labels: Tensor, said: Tensor, count: int) -> Tensor:

@@ -50,12 +50,13 @@ class Detector(Analysis):
                 left.hist(scores.clamp(edges[0], edges[-1]), edges, color=color, histtype="step", label=label)
                 if len(scores):
                     x, y, area = roc(base, scores)
-                    right.plot(x, y, color=color, label=f"{access}: AUC {area:.3f}")
+                    style = (0, (4, 1.5)) if access == "gray_box" else "solid"  # where both agree, both are seen
+                    right.plot(x, y, color=color, linestyle=style, zorder=3, label=f"{access}: AUC {area:.3f}")
                     right.plot(float((base > 1).double().mean()), float((scores > 1).double().mean()), "o", color=color)
             left.axvline(1, color="black", linewidth=1, linestyle=(0, (3, 2)))
-            left.set_xlabel("suspicion (1 = threshold; ends hold what lies beyond)")
+            left.set_xlabel("suspicion (threshold 1, last bar: more)")
             left.set_ylabel("images")
-            left.legend(frameon=False)
+            left.legend(framealpha=0.9, edgecolor="none")
             right.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=(0, (2, 2)))
             right.set_xlabel("clean images rejected (share)")
             right.set_ylabel("attacked images rejected (share)")
@@ -66,7 +67,7 @@ class Detector(Analysis):
 
 def roc(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor, float]:
     """Share of clean and of attacked images at or above each score, from the highest down, and the area below."""
-    cuts = torch.cat([clean, attacked]).unique().flip(0)
+    cuts = torch.cat([clean, attacked]).sort(descending=True).values
     x = (clean[None] >= cuts[:, None]).double().mean(dim=1)
     y = (attacked[None] >= cuts[:, None]).double().mean(dim=1)
     start = torch.zeros(1, dtype=torch.float64)

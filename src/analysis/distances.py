@@ -12,10 +12,13 @@ from src.analysis.scene import Analysis, Scene, finish
 from src.errors import UserError
 
 _COLORS = {"gray_box": BLUE, "white_box": VERMILLION, "black_box": GREEN, "transfer": PURPLE}
+_AIM = {"gray_box": "the bare classifier", "transfer": "the surrogate"}
 
 
 class Distances(Analysis):
-    """Share of the images that a minimal-norm attack turns within a radius: 100 % minus robust accuracy over eps.
+    """Share of the images that a minimal-norm attack turns within a radius, on the model it is aimed at.
+
+    Under gray_box that is the bare classifier: how many of its images turn the defended model too, the record says.
 
     Args:
         images: first images looked at.
@@ -40,15 +43,21 @@ class Distances(Analysis):
                 found = turned[turned.isfinite()].sort().values
                 share = 100 * torch.arange(1, len(found) + 1) / len(labels)
                 color = _COLORS.get(access, "black")
-                axis.step(found.cpu(), share, where="post", color=color, label=access)
+                axis.step(
+                    found.cpu(),
+                    share,
+                    where="post",
+                    color=color,
+                    label=f"{access}: {_AIM.get(access, 'the defended model')}",
+                )
                 if len(found):
                     median = float(turned.quantile(0.5, interpolation="higher"))
                     axis.axvline(median, color=color, linewidth=0.8, linestyle=(0, (2, 2)))
-            axis.set_xlabel("size of the smallest perturbation found (norm of the threat, pixels in [0, 1])")
+            axis.set_xlabel("smallest perturbation found (distance, pixels in [0, 1])")
             axis.set_ylabel("images turned (%)")
             axis.set_ylim(-3, 103)
             axis.set_xlim(left=0)
             axis.legend(frameon=False)
             text = "Dotted: median. Images wrong from the start count as turned at 0."
-            caption = scene.caption(len(labels), eps=float("inf"), access=", ".join(scene.accesses))
+            caption = scene.caption(len(labels), radius="inf", access=", ".join(scene.accesses))
             return finish(figure, f"{caption} {text}", path)

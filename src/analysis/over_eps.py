@@ -45,7 +45,7 @@ class OverEps(Analysis):
                     word = f"{scene.name(int(said[row]))[:9]} {100 * float(confidence[row]):.0f} %"
                     axis.set_title(f"{head}{word}", fontsize=FONT, color=BLUE if right else VERMILLION, pad=2)
             text = "Above each image the answer of the defended model and its softmax share: blue right, orange wrong."
-            return finish(figure, f"{scene.caption(len(labels))} {text}", path)
+            return finish(figure, f"{scene.caption(len(labels), radius='as above each column')} {text}", path)
 
 
 def show(axis: Any, image: Any) -> None:

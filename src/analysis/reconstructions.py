@@ -64,7 +64,7 @@ class Reconstructions(Analysis):
 
 
 class _Features(nn.Module):
-    """torchmetrics hands over bytes; the classifier takes images in [0, 1]."""
+    """As torchmetrics wants them; a network that is not Inception gets the images as they are."""
 
     def __init__(self, classifier: Any, width: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Features(nn.Module):
         self.num_features = width
 
     def forward(self, images: Tensor) -> Tensor:
-        return features(self.classifier, images.float() / 255)
+        return features(self.classifier, images)
 
 
 def frechet(classifier: Any, first: Tensor, second: Tensor) -> float:
@@ -80,7 +80,7 @@ def frechet(classifier: Any, first: Tensor, second: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     width = features(classifier, first[:2]).shape[1]
-    metric = FrechetInceptionDistance(feature=_Features(classifier, width), normalize=True)
+    metric = FrechetInceptionDistance(feature=_Features(classifier, width))
     metric.update(first, real=True)
     metric.update(second, real=False)
     return float(metric.compute())

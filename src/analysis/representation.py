@@ -76,7 +76,7 @@ def features(classifier: Any, images: Tensor) -> Tensor:
         network = getattr(network.classifier, "network", network.classifier)
     if not hasattr(network, "features"):
         raise UserError(f"{type(network).__name__} has no features(images); use a classifier of conf/classifier")
-    return torch.cat([network.features(part).float().flatten(1) for part in images.split(256)])
+    return torch.cat([network.features(images[i : i + 256]).float().flatten(1) for i in range(0, len(images), 256)])
 
 
 def _plane(axis: Any, plane: Any, count: int, looks: dict[str, tuple[str, str]]) -> None:

@@ -29,8 +29,9 @@ class Scene:
         classes: names of the classes.
         radii: eps of the job.
         accesses: how the attacker may look, of the job.
-        attack: ``(access, images, labels, eps, steps=None)`` → what the attack made of them
-            (:class:`src.attacks.base.Attacked`); ``steps`` overrides the attack's own.
+        attack: ``(access, images, labels, eps, steps=None, exhaust=None)`` → what the attack made of
+            them (:class:`src.attacks.base.Attacked`); ``steps`` overrides the attack's own, ``exhaust`` lets it go on
+            with images that are turned already.
         steps: of the attack; None where it counts none.
         threat: the threat model in words, without eps and access.
         minimal: the attack searches the smallest change.
@@ -74,17 +75,18 @@ class Scene:
     @torch.no_grad()
     def answers(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class and confidence (softmax) of each image; rejection is the class after the last."""
-        shares = torch.cat([model(part).float().softmax(dim=1) for part in images.split(256)])
+        shares = torch.cat([model(images[i : i + 256]).float().softmax(dim=1) for i in range(0, len(images), 256)])
         confidence, said = shares.max(dim=1)
         return said.cpu(), confidence.cpu()
 
     def name(self, index: int) -> str:
         return self.classes[index] if index < len(self.classes) else "rejected"
 
-    def caption(self, count: int, *, eps: float | None = None, access: str | None = None) -> str:
+    def caption(self, count: int, *, radius: str | None = None, access: str | None = None) -> str:
         """What every figure says below itself: how many images, under which threat."""
-        radius = f", ε = {format_eps(self.eps if eps is None else eps)}"
-        return f"n = {count:,} first images. Threat model: {self.threat}{radius}, {access or self.strongest}."
+        shown = format_eps(self.eps) if radius is None else radius
+        threat = f"{self.threat}, ε = {shown}, {access or self.strongest}"
+        return f"n = {count:,} first images, attacked anew for this picture. Threat model: {threat}."
 
 
 class Analysis(ABC):

@@ -138,4 +138,4 @@ def _json(content: Any) -> str:
 def _vega() -> str:
     import vl_convert
 
-    return vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
+    return str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")  # type: ignore[call-arg]

@@ -1,0 +1,94 @@
+"""The changes that several attacks make to the same images, one below another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from src import records as store
+from src import sidecars
+from src.analysis.curves import BLUE, FONT, VERMILLION, paper_style, save_figure
+from src.records import Record
+from src.tables import format_eps
+
+_NEEDED = ("clean", "adversarial", "picture_label", "picture_prediction")
+_SHOWN = 8
+
+
+def groups(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Name → one cell for each of several attacks on the same defended model with one norm and access.
+
+    Of a minimal-norm attack the cell without a bound, where there is one, is the smallest change; of others the
+    largest eps stands.
+    """
+    found: dict[str, dict[str, Record]] = {}
+    for r in sorted(records, key=store.order):
+        if r.status == "done" and r.eps is not None:
+            name = "-".join((r.dataset, r.classifier, r.defense, r.norm, r.access, str(r.seed)))
+            found.setdefault(name, {})[r.attack + (" targeted" if r.targeted else "")] = r
+    return {name: list(cells.values()) for name, cells in found.items() if len(cells) > 1}
+
+
+def side_by_side(cells: Sequence[Record], files: Mapping[str, Path], path: Path) -> Path | None:
+    """Draw the change of each attack, all on one scale; None where fewer than two have the same images beside them."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    rows: list[tuple[Record, dict[str, Any]]] = []
+    for record in cells:
+        arrays = sidecars.read(files.get(record.key), _NEEDED)
+        if arrays is None or not len(arrays["clean"]):
+            continue
+        if rows and not np.array_equal(rows[0][1]["clean"], arrays["clean"]):
+            continue
+        rows.append((record, arrays))
+    if len(rows) < 2:
+        return None
+    clean = rows[0][1]["clean"][:_SHOWN]
+    changes = [arrays["adversarial"][:_SHOWN] - clean for _, arrays in rows]
+    scale = 0.5 / max(float(max(abs(change).max() for change in changes)), 1e-6)
+    with paper_style():
+        figure = Figure(figsize=(1.6 + 0.68 * len(clean), 0.9 + 0.86 * (len(rows) + 1)), dpi=200, layout="constrained")
+        axes = figure.subplots(len(rows) + 1, len(clean), squeeze=False)
+        _row(axes[0], "clean", clean)
+        for line, (record, arrays), change in zip(axes[1:], rows, changes, strict=True):
+            _row(line, f"{record.attack}\nε = {format_eps(record.eps)}", 0.5 + scale * change)
+            for axis, size, said, truth in zip(
+                line, distance(change, record.norm), arrays["picture_prediction"], arrays["picture_label"], strict=False
+            ):
+                color = BLUE if said == truth else VERMILLION
+                axis.set_title(f"{size:.3g}", fontsize=FONT, color=color, pad=2)
+        first = rows[0][0]
+        text = (
+            f"n = {len(clean)} images of {first.dataset}, {first.classifier}, defense {first.defense}. Threat model: "
+            f"{first.norm}, {first.access}.\nChange x{scale:.3g}, grey = 0; above it its {first.norm} size: orange "
+            "where the defended model is wrong, blue where it holds."
+        )
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=FONT, color="#333333")
+        return save_figure(figure, path)
+
+
+def distance(change: Any, norm: str) -> list[float]:
+    """Size of each change ``(B, C, H, W)`` in its norm; l0 counts pixels."""
+    import numpy as np
+
+    flat = abs(change.reshape(len(change), -1)).astype("float64")
+    if norm == "l0":
+        return [float(count) for count in (abs(change).max(axis=1) > 0).sum(axis=(1, 2))]
+    if norm == "linf":
+        return [float(size) for size in flat.max(axis=1)]
+    sizes = flat.sum(axis=1) if norm == "l1" else np.sqrt((flat**2).sum(axis=1))
+    return [float(size) for size in sizes]
+
+
+def _row(axes: Any, label: str, images: Any) -> None:
+    axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT)
+    for axis, image in zip(axes, images, strict=True):
+        pixels = image.clip(0, 1)
+        if len(pixels) == 3:
+            axis.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
+        else:
+            axis.imshow(pixels.mean(axis=0), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(visible=True, color="#bbbbbb", linewidth=0.4)

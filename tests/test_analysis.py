@@ -1,0 +1,187 @@
+"""Looking inside: the figures behind the figures by closed forms, and that each is drawn or says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from src import config, sidecars
+from src.analysis import activations, confusion, cost, detector, reconstructions, representation, side_by_side
+from src.analysis.scene import Scene, draw
+from src.command import CONF
+from src.errors import UserError
+from tests.conftest import Linear, Outcome, choices
+from tests.test_report import cell, failed, is_drawn, sidecar
+
+
+def test_confusion_is_a_share_of_each_class() -> None:
+    shares = confusion.confusion(torch.tensor([0, 0, 0, 0, 2]), torch.tensor([0, 0, 1, 3, 2]), 4)
+    assert shares.tolist() == [[50, 25, 0, 25], [0, 0, 0, 0], [0, 0, 100, 0], [0, 0, 0, 0]]
+
+
+def test_roc_by_hand() -> None:
+    x, y, area = detector.roc(torch.tensor([0.1, 0.2, 0.6]), torch.tensor([0.5, 0.9]))
+    assert x.tolist() == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 1])
+    assert y.tolist() == pytest.approx([0, 0.5, 0.5, 1, 1, 1])
+    assert area == pytest.approx(5 / 6)  # of the six pairs one is the wrong way round
+    assert float(torch.trapezoid(y, x)) == pytest.approx(area)
+
+
+def test_layers_in_their_order_and_their_difference() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3, bias=False))
+    images = torch.rand(2, 1, 4, 4)
+    found = activations.layers(model, images)
+    assert list(found) == ["0", "3"]
+    assert found["3"].equal(model(images))
+    assert not any(module._forward_hooks for module in model.modules()), "the hooks are gone"
+    assert activations.relative(torch.ones(1, 4), torch.full((1, 4), 1.5)) == pytest.approx(0.5)
+
+
+def test_frechet_distance_of_shifted_images_is_the_squared_shift() -> None:
+    images = torch.rand(200, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double() * 0.5
+    same = reconstructions.frechet(Linear(side=2), images.float(), images.float())
+    far = reconstructions.frechet(Linear(side=2), images.float(), images.float() + 0.25)
+    assert same == pytest.approx(0, abs=1e-4)
+    assert far == pytest.approx(4 * 0.25**2, abs=1e-3)
+
+
+def test_features_are_found_behind_wrappers() -> None:
+    network = Linear()
+    wrapped = nn.Module()
+    wrapped.network = network
+    images = torch.rand(3, 1, 4, 4)
+    assert representation.features(wrapped, images).equal(images.flatten(1))
+    with pytest.raises(UserError, match="features"):
+        representation.features(nn.Flatten(), images)
+
+
+@dataclass
+class Made:
+    images: Tensor
+    attempted: Tensor
+    success: Tensor
+    distance: Tensor
+
+
+class Detecting(Linear):
+    """Rejects bright images; purifies by halving."""
+
+    rejects = True
+
+    def suspicion(self, images: Tensor) -> Tensor:
+        return 2 * images.flatten(1).mean(dim=1)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self(images)
+
+    def purified(self, images: Tensor) -> Tensor:
+        return images / 2
+
+
+def scene(**changes: Any) -> Scene:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(40, 1, 8, 8, generator=generator)
+    model = Detecting(side=8, classes=3)
+    model.head = nn.Linear(64, 3)
+    labels = model(images).argmax(dim=1)
+
+    def attack(access: str, x: Tensor, y: Tensor, eps: float, **_: Any) -> Made:
+        made = (x + min(eps, 0.5) * torch.randn(x.shape, generator=generator).sign()).clamp(0, 1)
+        return Made(
+            made, torch.ones(len(x)).bool(), model(made).argmax(1) != y, torch.rand(len(x), generator=generator)
+        )
+
+    values: dict[str, Any] = {
+        "classifier": model, "defended": model, "images": images, "labels": labels, "classes": ("a", "b", "c"),
+        "radii": (0.1, 0.3, float("inf")), "accesses": ("gray_box", "white_box"), "attack": attack,
+        "threat": "noise (untargeted), linf", "minimal": True, "steps": 3,
+    }  # fmt: skip
+    return Scene(**(values | changes))
+
+
+def built(name: str) -> Any:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        job = config.parse(compose("train", overrides=[f"analysis={name}", "logger=none", "callbacks=none"]))
+    return config.build(job.analysis[name], f"analysis.{name}")
+
+
+@pytest.mark.parametrize("name", choices("analysis"))
+def test_each_choice_draws_with_a_caption(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    captions: list[str] = []
+    write = Figure.supxlabel
+    monkeypatch.setattr(Figure, "supxlabel", lambda self, text, **k: captions.append(text) or write(self, text, **k))
+    (path,) = draw([(name, built(name))], scene(), tmp_path)
+    assert path == tmp_path / f"analysis_{name}.png"
+    assert is_drawn(path)
+    assert all(part in " ".join(captions[0].split()) for part in ("n = ", "noise (untargeted), linf", "ε = "))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "instead"),
+    [
+        ("attack_loss", {"steps": None}, "attack=pgd"),
+        ("distances", {"minimal": False}, "attack=fmn"),
+        ("detector", {"defended": Linear(side=8, classes=3)}, "defense=squeezing_detector"),
+    ],
+)
+def test_what_cannot_be_looked_at_says_what_can(
+    name: str, changes: dict[str, Any], instead: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"^analysis={name}: .*{instead}"):
+        draw([(name, built(name))], scene(**changes), tmp_path)
+
+
+def test_the_largest_finite_radius_is_looked_at() -> None:
+    assert scene().eps == 0.3
+    assert scene(radii=(float("inf"),)).eps == float("inf")
+    assert scene(accesses=("gray_box",)).strongest == "gray_box"
+
+
+def test_a_job_draws_what_it_was_asked_for(command: Callable[..., Outcome]) -> None:
+    words = ["+debug=quick", "defense=jpeg", "attack=fgsm", "threat.eps=0.1", "logger=none"]
+    done = command(*words, "analysis=[confusion,over_eps]", "hydra.run.dir=a")
+    assert done.code == 0
+    names = {path.name for path in (done.folder / "a").glob("analysis_*.png")}
+    assert names == {"analysis_confusion.png", "analysis_over_eps.png"}
+    wrong = command(*words, "analysis=distances", "hydra.run.dir=b")
+    assert wrong.code == 1
+    assert wrong.error_lines
+    assert "analysis=distances" in wrong.error_lines[0]
+
+
+def test_cost_is_shown_at_the_largest_finite_eps_of_what_was_timed(tmp_path: Path) -> None:
+    timed = [cell(eps, defense_ms_per_image=2.0) for eps in (0.1, 0.3, float("inf"))]
+    assert [r.eps for r in cost.strongest([*timed, cell(0.5, defense="jpeg"), failed()])] == [0.3]
+    path = cost.cost_scatter(timed, tmp_path / "cost.png")
+    assert path is not None
+    assert is_drawn(path)
+    assert cost.cost_scatter([cell()], tmp_path / "none.png") is None
+
+
+def test_attacks_stand_side_by_side_on_the_same_images(tmp_path: Path) -> None:
+    cells = [cell(eps, attack=a, norm="l2") for a in ("fgsm", "cw") for eps in (0.1, float("inf"))]
+    for record in cells:
+        sidecar(record, tmp_path)
+    (group,) = side_by_side.groups([*cells, cell(defense="jpeg")]).values()
+    assert [(r.attack, r.eps) for r in group] == [("cw", float("inf")), ("fgsm", float("inf"))]
+    path = side_by_side.side_by_side(group, sidecars.find([tmp_path]), tmp_path / "a.png")
+    assert path is not None
+    assert is_drawn(path)
+    assert side_by_side.side_by_side(group, {}, tmp_path / "b.png") is None
+
+
+def test_sizes_of_a_change_by_hand() -> None:
+    change = np.zeros((1, 2, 2, 2), dtype=np.float32)
+    change[0, 0, 0, 0], change[0, 1, 0, 0], change[0, 0, 1, 1] = 3, -4, 12
+    sizes = {norm: side_by_side.distance(change, norm)[0] for norm in ("l0", "l1", "l2", "linf")}
+    assert sizes == {"l0": 2, "l1": 19, "l2": 13, "linf": 12}

@@ -1,0 +1,185 @@
+"""Worst cases, pivots, LaTeX, Parquet and the labelled cube: what a paper is made of."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src import frame, latex, pivot, report, sidecars
+from src import records as store
+from src.errors import UserError
+from src.records import Record
+from src.worst import WORST, worst_cases
+from tests.test_report import cell, failed, pair
+
+
+def verdicts(record: Record, folder: Path, said: list[int], *, rejects: bool = False, clean: Any = None) -> Record:
+    """A record of images that are all of class 0, with what the defended model says of each, attacked and clean."""
+    names = ["0", "1", "rejected"] if rejects else ["0", "1"]
+    label, answers = np.zeros(len(said), dtype=int), np.array(said)
+    before = np.array(clean if clean is not None else [0] * len(said))
+    held = (before == 0) & ((answers == 0) | (answers == 2)) if rejects else answers == 0
+    low, high = store.wilson(int(held.sum()), len(said))
+    changes = {
+        "n": len(said), "correct_attacked": int(held.sum()), "robust_accuracy": float(held.mean()),
+        "robust_accuracy_low": low, "robust_accuracy_high": high,
+    }  # fmt: skip
+    record = record.model_copy(update=changes)
+    arrays = {"label": label, "prediction": answers, "clean_prediction": before, "class_names": np.array(names)}
+    store.save_sidecar(folder / "records" / f"{record.key}.npz", arrays)
+    store.save(record, folder / "records")
+    return record
+
+
+def both(folder: Path, first: list[int], second: list[int], **known: Any) -> list[Record]:
+    return [verdicts(cell(attack=a), folder, said, **known) for a, said in (("fgsm", first), ("pgd", second))]
+
+
+def test_the_worst_case_is_counted_image_by_image(tmp_path: Path) -> None:
+    cells = both(tmp_path, [1, 1, 0, 0, 0], [0, 1, 1, 0, 0])
+    (row,) = worst_cases(cells, sidecars.find([tmp_path]))
+    assert (row.attack, row.status, row.n) == (WORST, "done", 5)
+    assert row.robust_accuracy == pytest.approx(2 / 5), "each attack alone leaves 3 of 5"
+    assert (row.robust_accuracy_low, row.robust_accuracy_high) == pytest.approx(store.wilson(2, 5))
+    assert row.attack_success_rate == pytest.approx(3 / 5)
+    assert row.reason == "per image over fgsm, pgd"
+
+
+def test_a_rejected_image_has_held_unless_its_clean_version_was_rejected(tmp_path: Path) -> None:
+    cells = both(tmp_path, [2, 2, 0], [0, 0, 1], rejects=True, clean=[0, 2, 0])
+    (row,) = worst_cases(cells, sidecars.find([tmp_path]))
+    assert row.correct_attacked == 1
+
+
+@pytest.mark.parametrize("what", ["missing", "damaged", "of another record"])
+def test_without_verdicts_the_row_says_so_and_gives_the_bound(tmp_path: Path, what: str) -> None:
+    cells = both(tmp_path, [1, 1, 0, 0, 0], [0, 1, 0, 0, 0])
+    path = tmp_path / "records" / f"{cells[0].key}.npz"
+    if what == "of another record":
+        path.write_bytes((tmp_path / "records" / f"{cells[1].key}.npz").read_bytes())
+    else:
+        path.write_bytes(b"damaged") if what == "damaged" else path.unlink()
+    (row,) = worst_cases(cells, sidecars.find([tmp_path]))
+    assert (row.status, row.robust_accuracy) == ("failed", None)
+    assert row.reason == "no verdicts per image of fgsm; at most 0.6000"
+
+
+def test_only_cells_of_one_threat_and_one_model_are_compared(tmp_path: Path) -> None:
+    one = verdicts(cell(attack="fgsm"), tmp_path, [0, 0])
+    for change in (
+        {"eps": 0.2}, {"access": "white_box"}, {"defense": "jpeg"}, {"seed": 1}, {"targeted": True}, {"norm": "l2"},
+        {"variant": "defense.noise=1"}, {"stages": {"defense": "other"}}, {"attack": "fgsm"},
+    ):  # fmt: skip
+        other = verdicts(cell(**{"attack": "pgd", "key": "other", **change}), tmp_path, [1, 1])
+        assert worst_cases([one, other], sidecars.find([tmp_path])) == [], change
+    more = verdicts(cell(attack="fgsm", variant="attack.steps=9", key="more"), tmp_path, [1, 0])
+    (row,) = worst_cases([one, more], sidecars.find([tmp_path]))
+    assert row.robust_accuracy == 0.5
+    assert row.variant == ""
+
+
+def test_load_gives_a_frame_and_a_cube(tmp_path: Path) -> None:
+    both(tmp_path, [1, 0], [0, 1])
+    found = report.load(tmp_path)
+    assert isinstance(found, pd.DataFrame)
+    assert sorted(found["attack"]) == ["fgsm", "pgd", WORST]
+    cube = found.to_xarray()
+    assert cube["robust_accuracy"].dims == frame.DIMENSIONS
+    assert float(cube["robust_accuracy"].sel(attack=WORST).squeeze()) == 0.0
+    assert str(cube["norm"].values) == "linf"
+    assert len(report.load([str(tmp_path)], worst=False)) == 2
+    with pytest.raises(UserError, match="no such file"):
+        report.load(tmp_path / "nothing")
+
+
+def test_a_cube_has_further_dimensions_where_needed_and_holds_nothing_twice() -> None:
+    cells = [*pair(), cell(norm="l2", key="x"), cell(math.inf), failed(eps=0.4)]
+    cube = frame.to_frame(cells).to_xarray()
+    assert "norm" in cube.dims
+    assert cube["robust_accuracy"].sel(norm="l2", eps=math.inf).isnull().all()
+    assert float(cube["robust_accuracy"].sel(norm="linf", eps=math.inf, access="gray_box").squeeze()) == 0.6
+    with pytest.raises(UserError, match="share a place"):
+        frame.to_frame([*pair(), cell(key="again", stages={"defense": "x"})]).to_xarray()
+
+
+def test_parquet_is_the_csv_with_types(tmp_path: Path) -> None:
+    cells = [*pair(), cell(math.inf, flags=["a", "b"]), failed(eps=None)]
+    found = pd.read_parquet(frame.write_parquet(cells, tmp_path / "r.parquet"))
+    table = pd.read_csv(frame.write_csv(cells, tmp_path / "r.csv"), keep_default_na=True)
+    assert list(found.columns) == list(table.columns)
+    assert found["eps"].tolist()[:3] == table["eps"].tolist()[:3]
+    assert found["seed"].dtype == "int64"
+
+
+# --- pivot and LaTeX --------------------------------------------------------------------------------------------
+
+
+def many() -> pd.DataFrame:
+    return frame.to_frame(
+        [r for d in ("vae", "none") for a in ("fgsm", "pgd") for r in pair(8 / 255, defense=d, attack=a)]
+    )
+
+
+def test_pivot_by_any_keys() -> None:
+    table = pivot.pivot(many(), ["defense", "eps"], ["attack", "access"])
+    assert table.index.tolist() == [("none", "8/255"), ("vae", "8/255")]
+    assert table.columns.tolist() == [(a, b) for a in ("fgsm", "pgd") for b in ("gray_box", "white_box")]
+    assert table.loc[("vae", "8/255"), ("pgd", "white_box")] == "35.0"
+    one = pivot.pivot(pivot.select(many(), ["attack=pgd", "access=gray_box", "eps=8/255"]), ["defense"], [], "n")
+    assert one["n"].tolist() == ["100", "100"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "where", "value", "said"),
+    [
+        (["defense"], ["access"], [], "robust_accuracy", "differ in attack; figures are never averaged"),
+        (["colour"], [], [], "robust_accuracy", "unknown key 'colour'"),
+        (["defense"], [], ["eps=0.5"], "robust_accuracy", "no such row. eps has 8/255"),
+        (["defense"], [], ["eps=x"], "robust_accuracy", "expected a number"),
+        (["defense"], ["attack", "access"], [], "flags", "not a column of numbers"),
+    ],
+)
+def test_a_pivot_never_averages_and_says_what_is_wrong(
+    rows: list[str], cols: list[str], where: list[str], value: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        pivot.pivot(pivot.select(many(), where), rows, cols, value)
+
+
+def test_pivot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for record in pair():
+        store.save(record, tmp_path / "records")
+    words = [str(tmp_path), "--rows", "defense", "--cols", "attack,access"]
+    assert report.main(words) == 0
+    assert {p.name for p in tmp_path.glob("pivot.*")} == {"pivot.csv", "pivot.md", "pivot.tex"}
+    assert "35.0" in capsys.readouterr().out
+    assert report.main([str(tmp_path), "--cols", "access"]) == 1
+    assert "--rows" in capsys.readouterr().err
+
+
+def test_latex_is_booktabs_and_escapes(tmp_path: Path) -> None:
+    cells = [r for e in (0.1, 0.2) for r in pair(e, defense="a_b%")]
+    text = latex.write_latex(cells, tmp_path / "r.tex").read_text()
+    for part in ("\\toprule", "\\midrule", "\\bottomrule", "robust gray\\_box", "60.0 {\\scriptsize [50.2, 69.1]}"):
+        assert part in text
+    assert "defense a\\_b\\%" in text, "what all rows share stands in the caption"
+    assert text.count("{") == text.count("}")
+    long = latex.write_latex([r for s in range(30) for e in (0.1, 0.2) for r in pair(e, seed=s)], tmp_path / "l.tex")
+    assert "\\begin{longtable}" in long.read_text()
+    assert "\\caption[]{(continued)}" in long.read_text()
+    assert latex.write_latex([], tmp_path / "none.tex").read_text()
+
+
+def test_ten_thousand_records_make_a_table_in_seconds(tmp_path: Path) -> None:
+    import time
+
+    cells = [r.model_copy(update={"key": f"{i}-{r.access}", "seed": i}) for i in range(5000) for r in pair()]
+    started = time.process_time()
+    frame.write_csv(cells, tmp_path / "r.csv")
+    frame.write_parquet(cells, tmp_path / "r.parquet")
+    assert time.process_time() - started < 10
