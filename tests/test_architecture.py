@@ -30,7 +30,19 @@ MAY_IMPORT = {
     "classifiers": {"threat", "errors", "recipe", "classifiers"},
     "attacks": {"threat", "errors", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
-    "callbacks": {"attacks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config", "plan", "sweep"},
+    "callbacks": {
+        "attacks",
+        "threat",
+        "errors",
+        "keys",
+        "records",
+        "tables",
+        "report",
+        "tracking",
+        "config",
+        "plan",
+        "sweep",
+    },
 }
 
 
