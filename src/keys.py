@@ -17,7 +17,6 @@ def content_key(**parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-@functools.cache
 def source_digest(*objects: object, within: str | None = None) -> str:
     """Digest of our own source behind classes (bases included), functions and modules.
 
@@ -26,6 +25,11 @@ def source_digest(*objects: object, within: str | None = None) -> str:
     Args:
         within: a package, such as ``src.attacks``, in which imports are followed as well.
     """
+    return _sources_digest(objects, within)
+
+
+@functools.cache
+def _sources_digest(objects: tuple[object, ...], within: str | None) -> str:
     files: set[str] = set()
     for item in objects:
         members = item.__mro__ if inspect.isclass(item) else (item,)

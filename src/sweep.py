@@ -85,7 +85,7 @@ def _jobs(config: DictConfig) -> Iterator[tuple[DictConfig, Any, list[str]]]:
 
     # Jobs on the same data follow one another: it is read when it changes.
     datasets = [[text] for text in choices.pop("dataset", [])] or [[]]
-    for data, *some in itertools.product(datasets, *values.values()):
+    for data, some in itertools.product(datasets, list(itertools.product(*values.values()))):
         for rest in itertools.product(*choices.values()):
             chosen = [*data, *rest]
             task, names = composed(*chosen)

@@ -51,7 +51,7 @@ def _sweep(folder: Path, *more: str) -> list[dict[str, object]]:
     [
         ("joblib", ["hydra.launcher.n_jobs=2"]),
         ("submitit_local", []),
-        ("ray", ["hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]),
+        ("ray", ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]),
     ],
 )
 def test_every_launcher_gives_the_same_records(
@@ -67,7 +67,7 @@ def test_every_launcher_gives_the_same_records(
 def test_the_sbatch_script_asks_for_what_the_config_says(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submitit = pytest.importorskip("submitit", reason="the plugin of hydra/launcher=submitit_slurm is not installed")
+    submitit = pytest.importorskip("submitit", reason="the plugin of hydra/launcher=slurm is not installed")
     (tmp_path / "srun").write_text("#!/bin/sh\n")  # submitit looks for it
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -81,7 +81,7 @@ def test_the_sbatch_script_asks_for_what_the_config_says(
 
     monkeypatch.setattr(submitit.AutoExecutor, "map_array", submit)
     command(
-        "-m", *SWEEP, "hydra/launcher=submitit_slurm", "hydra.launcher.partition=long",
+        "-m", *SWEEP, "hydra/launcher=slurm", "hydra.launcher.partition=long",
         "hydra.launcher.gpus_per_node=1", "hydra.launcher.timeout_min=90",
     )  # fmt: skip
     script, jobs = scripts

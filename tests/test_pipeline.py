@@ -122,8 +122,10 @@ def test_two_processes_count_exactly_what_one_does(command: Command, tmp_path: P
 
 
 def test_training_over_two_processes(tmp_path: Path) -> None:
+    """Testing as well, where one of them gets no batch."""
     done = subprocess.run(
-        [sys.executable, "-m", "src.train", "-m", *SMALL, "trainer=ddp_cpu", "threat.eps=0.1", "defense=none,vae"],
+        [sys.executable, "-m", "src.train", "-m", *SMALL, "eval_batch_size=128", "trainer=ddp_cpu", "threat.eps=0.1",
+         "defense=none,vae"],
         cwd=tmp_path, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from src import records
 from src.plan import Plan, report
 from src.records import Record
+from src.tracking import NoTracker
 from tests.conftest import Outcome
 from tests.test_pipeline import SMALL, ok
 
@@ -36,6 +38,51 @@ def test_a_sweep_counts_what_its_jobs_share_once(command: Command) -> None:
     assert "4 stages: 0 found, 4 to make" in swept
 
 
+def test_the_plan_of_a_sweep_names_the_cells_that_its_jobs_make(command: Command) -> None:
+    """Values that vary beside choices: the seed, which the data's config refers to, and one that names the cells."""
+    sweep = (
+        "-m", *SMALL, "limit.epochs=1", "threat.access=gray_box", "threat.eps=0.1,0.2", "seed=0,1", "attack.steps=1,2",
+        "defense=none,feature_squeezing",
+    )  # fmt: skip
+    assert "16 cells: 0 found, 16 to measure" in ok(command(*sweep, "+plan=true")).out
+    ok(command(*sweep))
+    assert "16 cells: 16 found, 0 to measure" in ok(command(*sweep, "+plan=true")).out
+
+
+def test_a_plan_says_which_jobs_cannot_work_and_launches_none(command: Command, tmp_path: Path) -> None:
+    refused = command("-m", *SMALL, *CELLS, "classifier=cnn3,lenet", "+plan=true")
+    assert refused.code == 1
+    assert "4 cells: 0 found, 4 to measure" in refused.out
+    assert len(refused.error_lines) == 1
+    assert "cnn3" in refused.error_lines[0]
+    assert not list(tmp_path.rglob("records"))
+
+
+class Witness(NoTracker):
+    """Counts the runs that were started."""
+
+    started = 0
+
+    def __init__(self) -> None:
+        type(self).started += 1
+
+
+def test_cached_cells_start_no_run_and_draw_nothing(command: Command, tmp_path: Path) -> None:
+    sweep = (
+        "-m", *SMALL, "limit.epochs=1", *CELLS, "defense=none,feature_squeezing", f"logger._target_={__name__}.Witness",
+    )  # fmt: skip
+    Witness.started = 0
+    ok(command(*sweep, "hydra.sweep.dir=first"))
+    assert Witness.started == 3  # two jobs and the sweep's own
+    ok(command(*sweep, "hydra.sweep.dir=second"))
+    assert Witness.started == 4  # the sweep's own
+    assert (tmp_path / "first" / "0" / "results.csv").exists()
+    assert {path.name for path in (tmp_path / "second" / "0").iterdir()} == {
+        ".hydra", "done.json", "records", "train.log"
+    }  # fmt: skip
+    assert records.find([tmp_path / "first"]) == records.find([tmp_path / "second"])
+
+
 def test_time_is_that_of_the_most_alike() -> None:
     def cell(**changes: object) -> dict[str, object]:
         known = {"dataset": "d", "attack": "pgd", "defense": "vae", "access": "white_box", "present": False}
@@ -46,10 +93,10 @@ def test_time_is_that_of_the_most_alike() -> None:
         more = {"key": "k", "classifier": "c", "norm": "linf", "eps": 0.1, "seed": 0, "wall_seconds": seconds}
         return Record(**shape, **more)  # type: ignore[arg-type]
 
-    records = [took(100.0), took(200.0), took(5.0, access="gray_box"), took(1000.0, attack="square")]
+    before = [took(100.0), took(200.0), took(5.0, access="gray_box"), took(1000.0, attack="square")]
     plan = Plan(cells={"a": cell(), "b": cell(access="gray_box"), "c": cell(defense="other"), "d": cell(present=True)})
     # 150 (median of the same), 5, 100 (median of pgd on d); the one that is there costs nothing
-    assert "about 4 min" in report(plan, records, [])
+    assert "about 4 min" in report(plan, before, [])
     plan = Plan(stages={"s": {"kind": "classifier", "what": "classifier x on d", "present": False}})
     assert "about 40 s" in report(plan, [], [{"kind": "classifier", "what": "classifier y on d", "seconds": 40}])
     assert "1 of which nothing is known yet" in report(plan, [], [])

@@ -68,7 +68,8 @@ class Collect(Callback):
             chosen = batch["index"] < (self.expected if most is None else most)
             self.kept[name].append({"index": batch["index"][chosen].cpu(), "value": batch[name][chosen].cpu()})
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gather and write. Here, since Lightning calls no other hook in a process that got no batch to test."""
         mine = (self.parts, self.kept)
         self.parts, self.kept = [], {name: [] for name in self.keep}
         everyone: list[Any] = [mine]
