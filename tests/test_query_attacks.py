@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -82,12 +83,14 @@ def test_passes_that_the_view_does_not_see_can_be_added() -> None:
 # -- one_pixel
 
 
+@pytest.mark.parametrize("around", ["best", "random"])
 @pytest.mark.parametrize("targeted", [False, True])
-def test_one_pixel_finds_a_planted_weakness_in_one_pixel(targeted: bool) -> None:
+def test_one_pixel_finds_a_planted_weakness_in_one_pixel(targeted: bool, around: Literal["best", "random"]) -> None:
     images, labels = dark()
     model = Weak([(5, 2)], above=0.6)
     target = torch.ones_like(labels) if targeted else None
-    attacked = OnePixel(population=100, generations=40)(model, images, labels, l0(1, targeted=targeted), target=target)
+    attack = OnePixel(population=100, generations=40, around=around)
+    attacked = attack(model, images, labels, l0(1, targeted=targeted), target=target)
     assert attacked.success.all()
     assert attacked.prediction.tolist() == [1] * len(images)
     assert attacked.distance.tolist() == [1] * len(images)
