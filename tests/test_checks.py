@@ -172,8 +172,8 @@ def test_a_stochastic_defense_is_drawn_again(command: Command) -> None:
     outcome = ok(
         command(
             *QUIET, "limit.epochs=3", "limit.test_images=100", "defense=smoothing", "defense.votes=1",
-            "defense.certify_images=0", "defense.sigma=0.2", "threat.eps=0.1", "threat.access=white_box", "attack.steps=3", "eot_draws=2",
-            "checks=full",
+            "defense.certify_images=0", "defense.sigma=0.2", "threat.eps=0.1", "threat.access=white_box",
+            "attack.steps=3", "eot_draws=2", "checks=full",
         )
     )  # fmt: skip
     (run,) = outcome.runs()
