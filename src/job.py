@@ -112,9 +112,9 @@ def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Recor
         if not done:
             for record in pipeline.run(job, Names(**names), out, tracker):
                 done.append(record)
-            done[:] = across(done)
-            for record in done:
-                records.save(record, out / "records")
+        done[:] = across(done)
+        for record in done:
+            records.save(record, out / "records")
         if in_sweep and type(tracker) is NoTracker:
             return  # the sweep draws its own figures; those of the job would be for its run
         written = [*report.write_report(done, out / "records", out), *sorted(out.glob("analysis_*.png"))]

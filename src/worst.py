@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from src import records as store
 from src import sidecars
+from src.checks.flags import unreliable
 from src.records import Record
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
         "attack": WORST,
         "variant": _variant(first),
         "created": max(r.created for r in group),
-        "flags": sorted({flag for r in group for flag in r.flags}),
+        "flags": _flags(group),
         "uses": sorted(r.key for r in group),
     }
     if missing or held is None or right is None:
@@ -106,6 +107,12 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
         backward_passes=_sum(r.backward_passes for r in group),
         attack_ms_per_image=_sum(r.attack_ms_per_image for r in group),
     )
+
+
+def _flags(group: Sequence[Record]) -> list[str]:
+    """What any attack raised; but that an attack failed matters only where all of them did."""
+    shared = set.intersection(*(set(r.flags) for r in group))
+    return sorted({flag for r in group for flag in r.flags if flag in shared or not unreliable([flag])})
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "comparison": {"records", "tables", "uncertainty"},
     "tables": {"records", "checks"},
     "sidecars": {"records"},
-    "worst": {"records", "sidecars"},
+    "worst": {"records", "sidecars", "checks"},
     "frame": {"records", "checks", "sidecars", "worst", "errors"},
     "latex": {"records", "tables"},
     "pivot": {"records", "tables", "latex", "errors"},

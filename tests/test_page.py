@@ -16,7 +16,7 @@ from src.page.charts import specs
 from src.records import Record
 from tests.test_report import cell, failed, pair
 
-WHY = "no_gradient_fab_left_out"
+WHY = "members_left_out"
 
 
 def many() -> list[Record]:
@@ -144,7 +144,7 @@ def test_in_a_browser(browser: Any, path: Path, width: int) -> None:
     for field in ("defense", "eps"):
         sheet.select_option(f"select[data-column={field}]", "")
     sheet.fill("input[data-column=robust]", "")
-    sheet.fill("input[type=search]", "no_gradient")
+    sheet.fill("input[type=search]", "members_left")
     drawn(sheet, 1)
 
     sheet.locator("tbody .flag").hover()
