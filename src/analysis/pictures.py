@@ -59,11 +59,14 @@ def picture_grid(records: Iterable[Record], folder: Path | Mapping[str, Path], p
     height = _FOOT + sum(_HEAD + sum(_height(row) for row in _rows(arrays)) for _, arrays in blocks)
     with paper_style():
         figure = Figure(figsize=(width, height), dpi=200)
+        # One sheet measured in inches, not an axis for each picture: three times as fast to draw.
+        sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
+        sheet.axis("off")
         top = height
         for record, arrays in blocks:
-            top = _block(figure, top, record, arrays)
+            top = _block(sheet, top, record, arrays)
         legend = "Over an image: the label predicted. ✓ right (blue), ✗ wrong (orange), rejected by a detector (grey)."
-        figure.text(0.05 / width, 0.09 / height, legend, fontsize=_FONT + 1, color="#333333")
+        sheet.text(0.05, 0.09, legend, fontsize=_FONT + 1, color="#333333")
         return save_figure(figure, path)
 
 
@@ -84,13 +87,12 @@ def _rows(arrays: Mapping[str, Any]) -> list[str]:
     return rows if np.array_equal(arrays["purified"], arrays["adversarial"]) else [*rows, "purified"]
 
 
-def _block(figure: Any, top: float, record: Record, arrays: Mapping[str, Any]) -> float:
+def _block(sheet: Any, top: float, record: Record, arrays: Mapping[str, Any]) -> float:
     """One access from ``top`` (inches from the foot of the page) downwards; returns where it ends."""
-    width, height = figure.get_size_inches()
     defense = "" if record.defense == "none" else f", defense {record.defense}"
     setting = f"{record.dataset}, {record.classifier}{defense}, {record.attack} {record.norm}"
     title = f"{record.access}: {setting} ε = {format_eps(record.eps)}"
-    figure.text(0.05 / width, (top - 0.2) / height, title, fontsize=_FONT + 2)
+    sheet.text(0.05, top - 0.2, title, fontsize=_FONT + 2)
     top -= _HEAD
     names = [str(name) for name in arrays["class_names"]]
     for row in _rows(arrays):
@@ -98,20 +100,18 @@ def _block(figure: Any, top: float, record: Record, arrays: Mapping[str, Any]) -
             row, arrays, "classifier" if record.defense == "none" else "defended model"
         )
         top -= _height(row)
-        middle = (top + _SIDE / 2) / height
-        figure.text((_LEFT - 0.08) / width, middle, label, fontsize=_FONT + 1, ha="right", va="center")
+        sheet.text(_LEFT - 0.08, top + _SIDE / 2, label, fontsize=_FONT + 1, ha="right", va="center")
         for column, image in enumerate(images):
-            place = ((_LEFT + column * _PITCH) / width, top / height, _SIDE / width, _SIDE / height)
-            axis = figure.add_axes(place, xticks=[], yticks=[])
-            axis.spines[:].set(visible=True, color="#bbbbbb", linewidth=0.4)
-            _draw(axis, image)
+            left = _LEFT + column * _PITCH
+            _draw(sheet, image, left, top)
             if predictions is not None:
                 truth, said = int(arrays["picture_label"][column]), int(predictions[column])
                 name = _name(names, said)
                 mark, color = (" ✓", BLUE) if said == truth else (" ✗", VERMILLION)
                 if name == "rejected":  # neither right nor wrong
                     mark, color = "", "#555555"
-                axis.set_title(f"{name}{mark}", fontsize=_FONT, color=color, pad=2)
+                middle, above = left + _SIDE / 2, top + _SIDE + 0.03
+                sheet.text(middle, above, f"{name}{mark}", fontsize=_FONT, color=color, ha="center", va="baseline")
     return top
 
 
@@ -132,12 +132,16 @@ def _content(row: str, arrays: Mapping[str, Any], model: str) -> tuple[Any, Any,
     return arrays["adversarial"], arrays["picture_prediction"], f"adversarial\n({model})"
 
 
-def _draw(axis: Any, image: NDArray[np.float32]) -> None:
+def _draw(sheet: Any, image: NDArray[np.float32], left: float, foot: float) -> None:
     """``(C, H, W)`` in [0, 1]; anything but one or three channels is shown as their mean."""
+    from matplotlib.patches import Rectangle
+
+    frame = {"extent": (left, left + _SIDE, foot, foot + _SIDE), "aspect": "auto", "interpolation": "nearest"}
     if image.shape[0] == 3:
-        axis.imshow(image.transpose(1, 2, 0).clip(0, 1), interpolation="nearest")
+        sheet.imshow(image.transpose(1, 2, 0).clip(0, 1), **frame)
     else:
-        axis.imshow(image.mean(axis=0).clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        sheet.imshow(image.mean(axis=0).clip(0, 1), cmap="gray", vmin=0, vmax=1, **frame)
+    sheet.add_patch(Rectangle((left, foot), _SIDE, _SIDE, fill=False, color="#bbbbbb", linewidth=0.4))
 
 
 def _name(names: Sequence[str], index: int) -> str:
