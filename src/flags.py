@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from functools import cache
 from pathlib import Path
@@ -13,18 +12,15 @@ _UNKNOWN = "Raised by a sanity check that this version does not describe: treat 
 
 def explain(flag: str) -> str:
     """A paragraph of plain text; never empty."""
-    for pattern, text in _sections(PAGE).items():
-        if fnmatch.fnmatchcase(flag, pattern):
-            return text
-    return _UNKNOWN
+    return _sections(PAGE).get(flag, _UNKNOWN)
 
 
 @cache
 def _sections(page: Path) -> dict[str, str]:
-    """Headings that are a name in backticks, with the text below them; ``<attack>`` in a name stands for anything."""
+    """Headings that are a name in backticks, with the text below them."""
     if not page.exists():
         return {}
-    parts = re.split(r"^#{2,4} +`([\w<>*]+)`.*$", page.read_text(), flags=re.MULTILINE)[1:]
+    parts = re.split(r"^#{2,4} +`(\w+)`.*$", page.read_text(), flags=re.MULTILINE)[1:]
     texts = (re.split(r"^#", text, maxsplit=1, flags=re.MULTILINE)[0] for text in parts[1::2])
     plain = (" ".join(re.sub(r"[*`]", "", text).split()) for text in texts)
-    return {re.sub(r"<\w+>", "*", name): text for name, text in zip(parts[::2], plain, strict=True) if text}
+    return {name: text for name, text in zip(parts[::2], plain, strict=True) if text}

@@ -61,16 +61,14 @@ def test_the_page_holds_every_cell_and_fetches_nothing(path: Path) -> None:
 def test_each_flag_is_explained_and_each_cell_has_its_command(path: Path) -> None:
     found = content(path)
     assert found["flags"] == {WHY: flags.explain(WHY)}
-    assert "needs gradients" in flags.explain(WHY)
+    assert "need gradients" in flags.explain(WHY)
     assert all(row["command"].startswith("python -m src.train ") for row in found["rows"])
 
 
 def test_flags_are_explained_from_the_page_of_checks(tmp_path: Path) -> None:
     checks = tmp_path / "checks.md"
-    checks.write_text(
-        "# Checks\n\n### `few_images`\n\nRaised if *few*.\n\n### `odd_<attack>` (decisive)\nOdd.\n## End\nx\n"
-    )
-    assert flags._sections(checks) == {"few_images": "Raised if few.", "odd_*": "Odd."}
+    checks.write_text("# Checks\n\n### `few_images`\n\nRaised if *few*.\n\n### `odd` (decisive)\nOdd.\n## End\nx\n")
+    assert flags._sections(checks) == {"few_images": "Raised if few.", "odd": "Odd."}
     assert flags.explain("never_heard_of").startswith("Raised by a sanity check")
 
 

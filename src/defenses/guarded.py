@@ -120,7 +120,7 @@ class DefendedModel(LightningModule):
 
     def _own(self, images: Tensor) -> Tensor:
         """What this defense alone makes of the images, as an attacker may differentiate it."""
-        if self._purify is None:
+        if self._purify is None or not len(images):  # torch shuffles no pixels of an empty batch
             return images
         if self._shut:
             with torch.no_grad():
