@@ -242,3 +242,10 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines) + "\n"
+
+
+def earlier(path: Path) -> dict[tuple[str, ...], list[str]]:
+    """Lines of a table written before, by what they are of: a run of some attacks leaves the others as they were."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {tuple(line[:3]): line for line in cells}

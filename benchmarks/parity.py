@@ -22,6 +22,7 @@ from benchmarks.models import (
     Peering,
     Score,
     Subject,
+    earlier,
     installed,
     markdown,
     ours,
@@ -182,13 +183,6 @@ def title(row: Row) -> tuple[str, str, str]:
     """The columns that say which row it is."""
     name, *rest = row.choice.split()
     return " ".join([name, *(part.removeprefix("attack.") for part in rest)]), row.norm, f"{row.eps:g}"
-
-
-def earlier(path: Path) -> dict[tuple[str, ...], list[str]]:
-    """Lines of a table written before, by what they are of: a run of some attacks leaves the others as they were."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    return {tuple(line[:3]): line for line in cells}
 
 
 def compare(row: Row, on: Subject) -> list[str]:
