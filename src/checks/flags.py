@@ -37,7 +37,10 @@ FLAGS: dict[str, Flag] = {
     "members_left_out": Flag(says="attacks of the ensemble that need gradients could not be used", decisive=False),
     # of the model
     "gradient_missing": Flag(says="the gradient is zero, NaN or the same at all pixels", limit=0.1),
-    "gradient_untrue": Flag(says="the gradient declared exact is not what finite differences say", limit=0.25),
+    # Not decisive: kinks (median filters, networks trained against large radii) also make finite differences disagree.
+    "gradient_untrue": Flag(
+        says="the gradient declared exact is not what finite differences say", limit=0.25, decisive=False
+    ),
     "logits_saturated": Flag(says="the gradient of the cross-entropy is below what floats resolve", limit=0.1),
     "softmax_as_logits": Flag(says="the model returns probabilities where logits are expected", limit=0.5),
     "random_without_eot": Flag(says="the model answers at random and the attack does not average", limit=0.05),
