@@ -93,10 +93,10 @@ def _plan(job: config.Job, names: dict[str, str]) -> None:
 
 def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
-    from src import pipeline, relog, report, tables
+    from src import pipeline, report, tables
     from src.checks.across import across
     from src.subject import Names
-    from src.tracking import NoTracker
+    from src.tracking import NoTracker, relog
 
     done += pipeline.recall(job, Names(**names), out)
     if done and in_sweep:

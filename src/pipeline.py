@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from src import fit
+from src.analyse import look
 from src.config import Job, build
 from src.data.base import ImageDataModule
 from src.errors import UserError
 from src.keys import content_key
-from src.look import look
 from src.measure import Bench
 from src.plan import Plan
 from src.records import Record

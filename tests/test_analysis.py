@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from src import config, sidecars
 from src.analysis import activations, confusion, cost, detector, reconstructions, representation, side_by_side
 from src.analysis.scene import Scene, draw
-from src.command import CONF
 from src.errors import UserError
+from src.report.command import CONF
 from tests.conftest import Linear, Outcome, choices
 from tests.test_report import cell, failed, is_drawn, sidecar
 

@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from src import config
-from src.command import CONF, command
 from src.records import Record
+from src.report.command import CONF, command
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:

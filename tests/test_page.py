@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from src import flags, page
-from src.page.charts import specs
 from src.records import Record
+from src.report import meanings, page
+from src.report.page.charts import specs
 from tests.test_report import cell, failed, pair
 
 WHY = "members_left_out"
@@ -60,16 +60,16 @@ def test_the_page_holds_every_cell_and_fetches_nothing(path: Path) -> None:
 
 def test_each_flag_is_explained_and_each_cell_has_its_command(path: Path) -> None:
     found = content(path)
-    assert found["flags"] == {WHY: flags.explain(WHY)}
-    assert "need gradients" in flags.explain(WHY)
+    assert found["flags"] == {WHY: meanings.explain(WHY)}
+    assert "need gradients" in meanings.explain(WHY)
     assert all(row["command"].startswith("python -m src.train ") for row in found["rows"])
 
 
 def test_flags_are_explained_from_the_page_of_checks(tmp_path: Path) -> None:
     checks = tmp_path / "checks.md"
     checks.write_text("# Checks\n\n### `few_images`\n\nRaised if *few*.\n\n### `odd` (decisive)\nOdd.\n## End\nx\n")
-    assert flags._sections(checks) == {"few_images": "Raised if few.", "odd": "Odd."}
-    assert flags.explain("never_heard_of").startswith("Raised by a sanity check")
+    assert meanings._sections(checks) == {"few_images": "Raised if few.", "odd": "Odd."}
+    assert meanings.explain("never_heard_of").startswith("Raised by a sanity check")
 
 
 @pytest.mark.parametrize("name", list(specs([])))
@@ -146,7 +146,7 @@ def test_in_a_browser(browser: Any, path: Path, width: int) -> None:
     drawn(sheet, 1)
 
     sheet.locator("tbody .flag").hover()
-    assert sheet.locator("#tip").inner_text() == flags.explain(WHY)
+    assert sheet.locator("#tip").inner_text() == meanings.explain(WHY)
     sheet.locator("tbody tr[data-key] td").first.click()
     said = sheet.locator(".detail code").first.inner_text()
     assert said == content(path)["rows"][[r["c"][19] for r in content(path)["rows"]].index([WHY])]["command"]

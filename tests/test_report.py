@@ -21,6 +21,7 @@ from src.analysis import curves, pictures
 from src.callbacks import results_table
 from src.errors import UserError
 from src.records import Record
+from src.report.__main__ import main
 
 FIRST = [  # the columns others may rely on, in this order
     "dataset", "classifier", "defense", "attack", "norm", "eps", "access", "seed", "n", "clean_accuracy",
@@ -223,7 +224,7 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for record in pair():
         store.save(record, tmp_path / "run" / "records")
         sidecar(record, tmp_path / "run" / "records")
-    assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     tables_ = {f"results.{kind}" for kind in ("csv", "parquet", "md", "tex")}
     names = tables_ | {"robustness_curve.png", "robustness_curve.pdf", "pictures.png", "report.html"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
@@ -239,7 +240,7 @@ def test_report_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.Ca
         (folder / "records").mkdir(parents=True)
     if what == "broken":
         (folder / "records" / "x.json").write_text("{")
-    assert report.main([str(folder)]) == 1
+    assert main([str(folder)]) == 1
     said = capsys.readouterr()
     assert said.err.startswith("error: ")
     assert said.err.count("\n") == 1

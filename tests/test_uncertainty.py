@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from src import records, report
-from src.comparison import against_best
+from src.report.comparison import against_best
 from src.uncertainty import exact, excess, over_seeds, paired
 from tests.planted import cell
 

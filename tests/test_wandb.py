@@ -11,11 +11,13 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from src import config, dashboard, relog, report
+from src import config
 from src import records as store
-from src.command import CONF
 from src.data.digits import Digits
 from src.errors import UserError
+from src.report.__main__ import _relog, main
+from src.report.command import CONF
+from src.tracking import dashboard, relog
 from tests.conftest import Outcome
 from tests.test_report import pair, sidecar
 from tests.test_tracking import read_run
@@ -44,7 +46,7 @@ def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outco
         "its curves are told all the same"
     )
 
-    assert report.main(["wandb", str(folder / "a"), "--out", str(folder / "again")]) == 0
+    assert main(["wandb", str(folder / "a"), "--out", str(folder / "again")]) == 0
     ids = {path.name.split("-")[-1] for path in (folder / "again").glob("wandb/offline-run-*")}
     assert run.name.split("-")[-1] in ids, "logged again, it continues the run of the job"
 
@@ -54,7 +56,7 @@ def test_records_are_logged_at_any_time(tmp_path: Path, capsys: pytest.CaptureFi
     for record in cells:
         store.save(record, tmp_path / "s" / "records")
         sidecar(record, tmp_path / "s" / "records")
-    assert report.main(["wandb", str(tmp_path / "s"), "--group", "mine", "--out", str(tmp_path / "o")]) == 0
+    assert main(["wandb", str(tmp_path / "s"), "--group", "mine", "--out", str(tmp_path / "o")]) == 0
     runs = [read_run(path) for path in sorted((tmp_path / "o").glob("wandb/offline-run-*"))]
     assert "3 runs of group mine" in capsys.readouterr().out
     assert {run.group for run in runs} == {"mine"}
@@ -85,7 +87,7 @@ def test_the_dashboard_shows_what_runs_log() -> None:
         assert name in values
     assert "robust/white_box" in text
     with pytest.raises(UserError, match="online"):
-        report._relog([".", "--dashboard"])
+        _relog([".", "--dashboard"])
 
 
 def test_the_wandb_sweep_tunes_on_validation_images() -> None:

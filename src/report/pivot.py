@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from src import records as store
 from src.errors import UserError
-from src.latex import latex
+from src.report.latex import latex
 from src.tables import format_eps, percent
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Records to tables, figures and one page: ``python -m src.report multirun/2026-01-31/12-00-00``.
+"""The command: ``python -m src.report multirun/2026-01-31/12-00-00``, a report from records alone.
 
 ``python -m src.report wandb PATH...`` logs finished records to Weights & Biases instead. No model is loaded here.
 """
@@ -6,127 +6,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from src import records as store
 from src import sidecars
 from src.checks.across import across
 from src.errors import UserError
 from src.records import Record
-
-if TYPE_CHECKING:
-    from src.frame import Results
-
-log = logging.getLogger(__name__)
-MAX_GRIDS = 12  # picture grids of one report; a sweep over more settings says which it left out
-
-
-def load(paths: Iterable[Path | str] | Path | str, *, worst: bool = True) -> Results:
-    """The records under folders or files as a pandas frame; ``.to_xarray()`` gives the labelled cube.
-
-    Args:
-        paths: output folders of runs or sweeps, or single records.
-        worst: with a row ``worst_of_all`` for each threat model that several attacks tried.
-    """
-    from src import frame
-
-    return frame.load(paths, worst=worst)
-
-
-def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path], out: Path) -> list[Path]:
-    """What a job or a sweep leaves: results.csv, results.md, the curve and, where there are examples, pictures.
-
-    Args:
-        records: finished and failed cells alike.
-        sidecar_folder: folder or folders searched, with all below, for the ``<key>.npz`` of the records.
-        out: folder to write into; made if need be.
-
-    Returns:
-        The paths written. A sweep over several settings has ``pictures_<setting>.png`` for each of them.
-    """
-    from src import comparison, frame, tables
-
-    cells = list(records)
-    files = sidecars.find([sidecar_folder] if isinstance(sidecar_folder, Path) else sidecar_folder)
-    paths = [
-        frame.write_csv(cells, out / "results.csv"),
-        tables.write_markdown(cells, out / "results.md", comparison.to_markdown(cells, files)),
-    ]
-    return [*paths, *_curves(cells, out, (".png",)), *_pictures(cells, files, out)]
-
-
-def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> list[Path]:
-    """Everything the command line makes: tables in five formats with the worst cases, curves, pictures, report.html."""
-    from src import comparison, frame, latex, page, tables
-    from src.analysis.cost import cost_scatter
-    from src.worst import worst_cases
-
-    cells = list(records)
-    files = sidecars.find(folders)
-    rows = [*cells, *worst_cases(cells, files)]
-    paths = [
-        frame.write_csv(rows, out / "results.csv"),
-        frame.write_parquet(rows, out / "results.parquet"),
-        tables.write_markdown(rows, out / "results.md", comparison.to_markdown(cells, files)),
-        latex.write_latex(rows, out / "results.tex"),
-        *_curves(cells, out, (".png", ".pdf")),
-    ]
-    paths += [path for path in (cost_scatter(cells, out / f"cost{kind}") for kind in (".png", ".pdf")) if path]
-    pictures = [*_pictures(cells, files, out), *_side_by_side(cells, files, out)]
-    return [*paths, *pictures, page.write_page(rows, out / "report.html", pictures)]
-
-
-def _curves(cells: Sequence[Record], out: Path, kinds: Sequence[str]) -> list[Path]:
-    from src.analysis import curves
-
-    if not any(r.status == "done" for r in cells):
-        return []
-    groups = curves.figures(cells)
-    return [
-        curves.robustness_curve(group, out / f"robustness_curve{f'_{name}' if len(groups) > 1 else ''}{kind}")
-        for name, group in groups.items()
-        for kind in kinds
-    ]
-
-
-def _pictures(cells: Sequence[Record], files: dict[str, Path], out: Path) -> list[Path]:
-    from src.analysis import pictures
-
-    paths = []
-    shown = {name: group for name, group in pictures.groups(cells).items() if pictures.choose(group, files)}
-    for number, (name, group) in enumerate(shown.items()):
-        if number == MAX_GRIDS:
-            left = ", ".join("-".join(n) for n in list(shown)[MAX_GRIDS:])
-            log.warning("pictures: drew %d settings, left out %d: %s", MAX_GRIDS, len(shown) - MAX_GRIDS, left)
-            break
-        file = "pictures.png" if len(shown) == 1 else f"pictures_{_file('-'.join(name))}.png"
-        if (path := pictures.picture_grid(group, files, out / file)) is not None:
-            paths.append(path)
-    return paths
-
-
-def _side_by_side(cells: Sequence[Record], files: dict[str, Path], out: Path) -> list[Path]:
-    from src.analysis import side_by_side
-
-    groups = side_by_side.groups(cells)
-    if len(groups) > MAX_GRIDS:
-        left = ", ".join(list(groups)[MAX_GRIDS:])
-        log.warning("attacks side by side: drew %d settings, left out %s", MAX_GRIDS, left)
-    drawn = [
-        side_by_side.side_by_side(group, files, out / f"attacks_{_file(name)}.png")
-        for name, group in list(groups.items())[:MAX_GRIDS]
-    ]
-    return [path for path in drawn if path is not None]
-
-
-def _file(name: str) -> str:
-    """As part of a file's name."""
-    return re.sub(r"[^\w.=-]+", "_", name)
+from src.report import write_all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,7 +57,8 @@ def _report(words: Sequence[str]) -> int:
 
 
 def _pivot(options: argparse.Namespace, cells: Sequence[Record], out: Path) -> list[Path]:
-    from src import frame, pivot
+    from src import frame
+    from src.report import pivot
     from src.tables import reading
     from src.worst import worst_cases
 
@@ -198,8 +88,7 @@ def _relog(words: Sequence[str]) -> int:
     if options.dashboard and options.mode != "online":
         raise UserError("--dashboard: a workspace lives on the server; add --mode online")
     cells = _found(options.paths)
-    from src import relog
-    from src.tracking import group_of
+    from src.tracking import group_of, relog
 
     first: Path = options.paths[0]
     relog.relog(
@@ -212,7 +101,7 @@ def _relog(words: Sequence[str]) -> int:
         mode=options.mode,
     )
     if options.dashboard:
-        from src import dashboard
+        from src.tracking import dashboard
 
         print(dashboard.save(options.entity, options.project))
     return 0

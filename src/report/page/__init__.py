@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from src import records as store
-from src.command import command
-from src.flags import explain
-from src.page.charts import specs
 from src.records import Record
+from src.report.command import command
+from src.report.meanings import explain
+from src.report.page.charts import specs
 from src.tables import format_eps, reading
 from src.worst import WORST
 
@@ -64,8 +64,8 @@ def write_page(records: Iterable[Record], path: Path, pictures: Sequence[Path] =
         "charts": specs(sorted({record.access for record in cells})),
         "worst": WORST,
     }
-    here = files("src.page")
-    environment = Environment(loader=PackageLoader("src.page", ""), autoescape=True, trim_blocks=True)
+    here = files("src.report.page")
+    environment = Environment(loader=PackageLoader("src.report.page", ""), autoescape=True, trim_blocks=True)
     text = environment.get_template("page.html.j2").render(
         title=_title(cells),
         reading=reading(cells).replace("`", ""),

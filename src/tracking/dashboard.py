@@ -1,6 +1,6 @@
 """The W&B workspace that people open first: ``python -m src.report wandb PATH --mode online --dashboard``.
 
-The panels read what :mod:`src.relog` logs; ``docs/dashboard.md`` lists them for those who would rather click.
+The panels read what :mod:`src.tracking.relog` logs; ``docs/dashboard.md`` lists them for those who would rather click.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "checks.md"
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "checks.md"
 _UNKNOWN = "Raised by a sanity check that this version does not describe: treat the figure with care."
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from src.records import Record
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 _GROUPS = ("dataset", "classifier", "defense", "attack")
 _PLAIN = ("seed", "eval_batch_size", "eot_draws", "search_precision", "split")
 _MISSING = object()
