@@ -7,6 +7,7 @@ few example pictures, so that figures can be drawn again without loading a model
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from src.errors import UserError
 
-SCHEMA_VERSION = 2  # 2: checks, redraws
+SCHEMA_VERSION = 3  # 2: checks, redraws; 3: digest
 
 
 class Record(BaseModel):
@@ -119,10 +120,15 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 def save(record: Record, folder: Path) -> Path:
-    """Write ``folder/<key>.json`` and return its path."""
+    """Write ``folder/<key>.json``, with a digest by which a figure changed by hand is found out; return its path."""
     path = folder / f"{record.key}.json"
-    write_whole(path, record.model_dump_json(indent=1).encode())
+    data = json.loads(record.model_dump_json())
+    write_whole(path, json.dumps({**data, "digest": _digest(data)}, indent=1).encode())
     return path
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_tensors(value: Any, path: Path) -> None:
@@ -179,12 +185,14 @@ def load(path: Path) -> Record:
     """Read one record.
 
     Raises:
-        UserError: not JSON, not a record, or of a newer schema than this version knows.
+        UserError: not JSON, not a record, of a newer schema than this version knows, or changed since it was written.
     """
     try:
         data = json.loads(path.read_bytes())
         if data.get("schema_version", 0) > SCHEMA_VERSION:
             raise UserError(f"{path}: schema {data['schema_version']} is newer than {SCHEMA_VERSION}; update Parapet")
+        if (digest := data.pop("digest", "")) and digest != _digest(data):
+            raise UserError(f"{path}: changed since it was written. Delete it and run its command again")
         return Record.model_validate(data)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         first = str(error).splitlines()[0]

@@ -35,6 +35,13 @@ def test_newer_schema_is_refused(tmp_path: Path) -> None:
         store.load(path)
 
 
+def test_a_figure_changed_by_hand_is_found_out(tmp_path: Path) -> None:
+    path = store.save(cell(n=10, correct_attacked=3), tmp_path)
+    path.write_text(path.read_text().replace('"correct_attacked": 3', '"correct_attacked": 9'))
+    with pytest.raises(UserError, match="changed since it was written"):
+        store.load(path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema_version": "1"}', '{"schema_version": 1}'])
 def test_what_is_no_record_is_said_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
@@ -46,7 +53,7 @@ def test_what_is_no_record_is_said_in_one_line(tmp_path: Path, text: str) -> Non
 
 def test_unknown_field_is_refused(tmp_path: Path) -> None:
     path = store.save(cell(), tmp_path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red", "digest": ""}))
     with pytest.raises(UserError, match="colour"):
         store.load(path)
 
