@@ -237,8 +237,9 @@ def main() -> None:
     lines = earlier(given.out) if given.only else {}
     about = (
         f"# Parity: {on.name}\n\n"
-        "Made by `make bench-parity`, a row on the first so many test images. A cell is robust accuracy at eps (and seconds); for attacks that minimise, the "
-        "median distance follows it.\nReference: the published AutoAttack as the package pyautoattack. "
+        "Made by `make bench-parity`, a row on the first so many test images. A cell is robust accuracy at eps (and "
+        "seconds); for attacks that minimise, the median distance follows it.\n"
+        "Reference: the published AutoAttack as the package pyautoattack. "
         f"Versions: torch {torch.__version__}, {versions()}.\n\n"
     )
     for row in ROWS:
