@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
@@ -75,11 +75,26 @@ class Patience(EarlyStopping):
         trainer.should_stop = self.wait_count >= self.patience
 
 
+class OneNode(LightningEnvironment):
+    """Processes of this machine alone, even where the environment tells of several, each with a job of its own."""
+
+    main_address = "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        if self._main_port == -1:
+            self._main_port = find_free_network_port()
+        return self._main_port
+
+    def node_rank(self) -> int:
+        return 0
+
+
 def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
     """A Trainer from ``conf/trainer`` with what every run of ours needs."""
     check_devices(config)
     if config.get("strategy", "auto") != "auto":  # processes of its own making, also under Slurm and torchrun
-        options["plugins"] = [LightningEnvironment()]
+        options["plugins"] = [LightningEnvironment() if nodes_of(config) > 1 else OneNode()]
     try:
         return build(
             config,
