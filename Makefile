@@ -35,8 +35,8 @@ test-checks: setup  ## Do planted faults raise their flags? Prints faults by fla
 test-faults: setup  ## Kill, fill and damage a sweep: is a record lost, doubled or made twice? ARGS="--kills 30 --seed 1"
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults $(ARGS)
 
-test-launchers: setup  ## The same sweep by every launcher whose plugin is installed: the same records?
-	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout 1200 tests/test_launchers.py
+test-launchers: setup  ## The same sweep by every launcher whose plugin is installed, and on two nodes: the same records?
+	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout 1200 tests/test_launchers.py tests/test_nodes.py
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(BIN)/ruff format --check src tests benchmarks

@@ -10,15 +10,18 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import Tensor
 
+from src import nodes
 from src.callbacks.collect import Collect
 from src.classifiers.module import Classifier
 from src.config import build
@@ -72,9 +75,26 @@ class Patience(EarlyStopping):
         trainer.should_stop = self.wait_count >= self.patience
 
 
+class OneNode(LightningEnvironment):
+    """Processes of this machine alone, even where the environment tells of several, each with a job of its own."""
+
+    main_address = "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        if self._main_port == -1:
+            self._main_port = find_free_network_port()
+        return self._main_port
+
+    def node_rank(self) -> int:
+        return 0
+
+
 def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
     """A Trainer from ``conf/trainer`` with what every run of ours needs."""
     check_devices(config)
+    if config.get("strategy", "auto") != "auto":  # processes of its own making, also under Slurm and torchrun
+        options["plugins"] = [LightningEnvironment() if nodes_of(config) > 1 else OneNode()]
     try:
         return build(
             config,
@@ -117,6 +137,18 @@ def check_devices(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"trainer.devices={devices}: this trainer is for one device. Use trainer=ddp or trainer=ddp_cpu"
         )
+    if (several := nodes_of(config)) > 1 and strategy == "auto":
+        raise UserError(
+            f"trainer.num_nodes={several}: this trainer is for one machine. Use trainer=ddp or trainer=ddp_cpu"
+        )
+    if several > 1 and devices in ("auto", -1, "-1"):
+        raise UserError(f"trainer.devices={devices}: with trainer.num_nodes={several} say how many each node gives")
+
+
+def nodes_of(config: Mapping[str, Any]) -> int:
+    """How many machines the Trainer of a config spans."""
+    count = config.get("num_nodes", 1)
+    return count if isinstance(count, int) else 1  # a wrong one is refused with the other arguments
 
 
 def device(config: Mapping[str, Any]) -> torch.device:
@@ -159,22 +191,44 @@ def fit(
     curves = CSVLogger(save_dir=folder, name="", version="curves", flush_logs_every_n_steps=50)
     # A logger with a connection of its own cannot follow into other processes: the curves are in the CSV in any case.
     live = [logger] if isinstance(logger, Logger) and config.get("strategy", "auto") == "auto" else []
-    run = trainer(
-        config,
-        callbacks=[*watchers, *callbacks],
-        logger=[curves, *live],
-        max_epochs=recipe.epochs,
-        precision=recipe.precision,
-        log_every_n_steps=50,
-    )
-    with _interruptible():
-        run.fit(module, datamodule=data, ckpt_path=_last(folder), weights_only=True)
+    options = {
+        "callbacks": [*watchers, *callbacks],
+        "logger": [curves, *live],
+        "max_epochs": recipe.epochs,
+        "precision": recipe.precision,
+        "log_every_n_steps": 50,
+    }
+    _together(Run(config, options, "fit", module, data, {"ckpt_path": _last(folder), "weights_only": True}))
     state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
     module.load_state_dict(state)
     written = folder / "curves" / "metrics.csv"
     if written.exists():
         written.replace(folder / "metrics.csv")
     clear(folder, "*.ckpt", "curves")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a Trainer that is still to be made; it can go to another machine, which takes part in it."""
+
+    config: Mapping[str, Any]
+    options: Mapping[str, Any]
+    method: Literal["fit", "test"]
+    module: LightningModule
+    data: ImageDataModule
+    arguments: Mapping[str, Any]
+    state: Tensor = field(default_factory=torch.get_rng_state)
+
+    def __call__(self) -> None:
+        torch.set_rng_state(self.state)
+        run = trainer(self.config, **self.options)
+        with _interruptible():
+            getattr(run, self.method)(self.module, datamodule=self.data, **self.arguments)
+
+
+def _together(run: Run) -> None:
+    run.data.trainer = None  # that of the last run stays here
+    nodes.together(run, nodes_of(run.config))
 
 
 @contextmanager
@@ -227,7 +281,6 @@ def evaluate(
         RuntimeError: an image was counted twice or not at all.
     """
     collect = Collect(path=path, expected=len(data.test), seed=seed, keep=keep or {})
-    run = trainer(config, callbacks=[*callbacks, collect], logger=False, enable_checkpointing=False)
-    with _interruptible():
-        run.test(module, datamodule=data, verbose=False)
+    options = {"callbacks": [*callbacks, collect], "logger": False, "enable_checkpointing": False}
+    _together(Run(config, options, "test", module, data, {"verbose": False}))
     return torch.load(path, weights_only=True)

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import leaving, retry
+from src import leaving, nodes, retry
 from src.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -45,8 +45,10 @@ def main() -> None:
     # With this Hydra raises its errors instead of printing several lines and leaving, so that we can say them in one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        sys.argv[1:] = retry.with_folder(sys.argv[1:])
         with leaving.on_sigterm():
+            if nodes.join(sys.argv[1:]):
+                return
+            sys.argv[1:] = retry.with_folder(sys.argv[1:])
             entry()
     except KeyboardInterrupt as error:
         _leave(*leaving.farewell(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 
 import pytest
 import torch
@@ -114,10 +115,11 @@ def test_saved_and_loaded_gives_the_same_outputs(name: str) -> None:
         parameter.data.add_(1.0)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     answers = []
-    for each in (defense, other):
+    for each in (defense, pickle.loads(pickle.dumps(defense)), other):  # pickled, it goes to other processes and nodes
         torch.manual_seed(3)
         answers.append(guarded(each, Linear(side=8))(images()))
-    assert torch.equal(*answers)
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
 
 
 def test_eot_answers_with_the_log_of_the_mean_probability() -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from src import records
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
+
+from src import job, records
 from src.plan import Plan, report
 from src.records import Record
 from src.tracking import NoTracker
@@ -100,3 +105,30 @@ def test_time_is_that_of_the_most_alike() -> None:
     plan = Plan(stages={"s": {"kind": "classifier", "what": "classifier x on d", "present": False}})
     assert "about 40 s" in report(plan, [], [{"kind": "classifier", "what": "classifier y on d", "seconds": 40}])
     assert "1 of which nothing is known yet" in report(plan, [], [])
+
+
+def test_each_job_of_a_sweep_is_composed_once_and_has_a_config_of_its_own(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed: list[list[str]] = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def counted(self: ConfigLoaderImpl, master_config: Any, sweep_overrides: list[str]) -> Any:
+        composed.append(sweep_overrides)
+        return compose(self, master_config, sweep_overrides)
+
+    ran: list[tuple[int, str, Any]] = []
+
+    def run(cfg: Any, settings: str) -> None:
+        ran.append((HydraConfig.get().job.num, str(cfg.attack._target_).rsplit(".", 1)[-1], cfg))
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    monkeypatch.setattr(job, "run", run)
+    command("-m", "attack=fgsm,deepfool,cw", "logger=none")
+    assert [(number, attack) for number, attack, _ in ran] == [(0, "FGSM"), (1, "DeepFool"), (2, "CW")]
+    assert len(composed) == 3
+
+    ran.clear()
+    command("-m", "attack=fgsm,fgsm", "logger=none")
+    assert [(number, attack) for number, attack, _ in ran] == [(0, "FGSM"), (1, "FGSM")]
+    assert ran[0][2] is not ran[1][2]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a callback is built for every command, also for --cfg job: 
 
 log = logging.getLogger(__name__)
 SHOWN = 1000  # cells printed at most; the files have all
+KEPT = 200  # composed configs of jobs that are kept until they run, about a quarter of a MiB each
 _JOB = "job-"  # how the keys of failed jobs begin; those of cells are hashes
 
 
@@ -34,7 +35,7 @@ class ResultsTable(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """With ``+plan=true`` say what the sweep would do, and leave: after an exception here Hydra would go on."""
         if not config.get("plan"):
-            return
+            return compose_once(config)
         try:
             from src import plan, sweep
 
@@ -87,6 +88,29 @@ class ResultsTable(Callback):
             raise SystemExit(1) from error
         if failed:
             raise SystemExit(1)
+
+
+def compose_once(config: DictConfig) -> None:
+    """Hydra composes each job twice, a tenth of a second each: to see that it can, then to run it. Keep the first."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    hydra = config.hydra
+    if not (hydra.sweeper._target_.endswith(".BasicSweeper") and hydra.launcher._target_.endswith(".BasicLauncher")):
+        return  # other launchers compose in their own processes
+    loader = GlobalHydra.instance().config_loader()
+    compose, kept, seen = loader.load_sweep_config, dict[tuple[str, ...], Any](), set[tuple[str, ...]]()
+
+    def load(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        key = tuple(sweep_overrides)
+        if key in kept:
+            return kept.pop(key)
+        made = compose(master_config, sweep_overrides)
+        if key not in seen and len(seen) < KEPT:  # of two jobs that are the same each gets a config of its own
+            seen.add(key)
+            kept[key] = made
+        return made
+
+    vars(loader)["load_sweep_config"] = load
 
 
 def gather(config: DictConfig) -> int:
