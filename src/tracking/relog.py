@@ -6,7 +6,6 @@ goes on later, or is logged again from its records, continues its run.
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import tempfile
@@ -34,12 +33,14 @@ def run_id(names: Mapping[str, str], config: Mapping[str, Any]) -> str:
 
 def log_job(tracker: NoTracker, records: Sequence[Record], config: Mapping[str, Any], pictures: Iterable[Path]) -> None:
     """Config, training curves, accuracy over eps, table, pictures and summary of one job."""
+    from src.analysis import training
+
     first = records[0]
     cell = {name: getattr(first, name) for name in (*_NAMES, "norm", "seed")}
     tracker.log_config({**config, "cell": cell})
     root = Path(str((config.get("paths") or {}).get("artifacts", "artifacts")))
     for kind, key in first.stages.items():
-        tracker.log_curves(_curves(root / kind / key / "metrics.csv"), kind)
+        tracker.log_curves(training.read(root / kind / key / "metrics.csv"), kind)
     tracker.log_radii(_radii(records))
     tracker.log_table(records)
     for path in pictures:
@@ -94,14 +95,6 @@ def relog(
     print(f"{len(jobs) + 1} runs of group {group} in {out / 'wandb'}")
     if mode == "offline":
         print(f"send them with: wandb sync {out / 'wandb'}/offline-run-*")
-
-
-def _curves(path: Path) -> list[dict[str, float]]:
-    """A stage's training, as Lightning's CSV logger left it; empty where the stage is not at hand."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
 
 
 def _radii(records: Iterable[Record]) -> list[dict[str, float]]:
