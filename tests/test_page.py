@@ -149,7 +149,7 @@ def test_in_a_browser(browser: Any, path: Path, width: int) -> None:
     assert sheet.locator("#tip").inner_text() == meanings.explain(WHY)
     sheet.locator("tbody tr[data-key] td").first.click()
     said = sheet.locator(".detail code").first.inner_text()
-    assert said == content(path)["rows"][[r["c"][19] for r in content(path)["rows"]].index([WHY])]["command"]
+    assert said == next(row["command"] for row in content(path)["rows"] if row["c"][-1] == [WHY])
     sheet.fill("input[type=search]", "")
     drawn(sheet, len(many()) - 1)
 

@@ -56,7 +56,7 @@ class Fid:
 
     @torch.no_grad()
     def _update(self, images: Tensor, *, real: bool) -> None:
-        for some in images.split(128):
+        for some in torch.split(images, 128):
             if self._color and some.shape[1] != 3:
                 some = some.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
             self._metric.update(some, real=real)

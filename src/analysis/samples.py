@@ -78,10 +78,10 @@ class Samples(Analysis):
                     show(axis, image)
                 for axis in line[len(images) :]:
                     axis.set_axis_off()
-            return finish(figure, f"{text}. Drawn with seed {self.seed}, not chosen. No threat: no attack.", path)
+            return finish(figure, f"{text}. Samples of seed {self.seed}, not chosen; nothing is attacked.", path)
 
     def _rows(self, scene: Scene, samples: Tensor, asked: Tensor | None) -> list[tuple[str, Tensor]]:
         if asked is None:
-            parts = samples[: self.rows * self.shown].split(self.shown)
+            parts = torch.split(samples[: self.rows * self.shown], self.shown)
             return list(zip(["samples", *[""] * len(parts)], parts, strict=False))
-        return [(scene.name(int(kind)), samples[asked == kind]) for kind in asked.unique()[:MOST]]
+        return [(scene.name(int(kind)), samples[asked == kind]) for kind in torch.unique(asked)[:MOST]]
