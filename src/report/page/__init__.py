@@ -43,7 +43,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("distance", "number", "Median distance of the perturbation, over the images the attack worked on."),
     ("attack ms", "number", "Milliseconds per image of the attack."),
     ("defense ms", "number", "Milliseconds per image of the defended model's forward pass."),
-    ("memory", "number", "Most tensor memory at once in that pass over 64 images, weights included, in MiB."),
+    ("memory MiB", "number", "Most tensor memory at once in that pass over 64 images, weights included, in MiB."),
     ("flags", "flags", "Sanity checks that were raised, and why a cell failed. Hover over each."),
 )  # fmt: skip
 

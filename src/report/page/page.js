@@ -231,7 +231,7 @@ async function drawScatters(all) {
   await show("gray_white", both.map(({ gray_box: gray, white_box: white }) => ({
     ...common(white), gray: value(gray, "robust"), white: value(white, "robust"), gray_text: robustText(gray), white_text: robustText(white), gap: (value(gray, "robust") - value(white, "robust")).toFixed(1),
   })));
-  const each = left.map((row) => ({ ...common(row), clean: value(row, "clean"), robust: value(row, "robust"), robust_text: robustText(row), cost: value(row, "defense ms"), attack_ms: value(row, "attack ms"), memory: value(row, "memory") }));
+  const each = left.map((row) => ({ ...common(row), clean: value(row, "clean"), robust: value(row, "robust"), robust_text: robustText(row), cost: value(row, "defense ms"), attack_ms: value(row, "attack ms"), memory: value(row, "memory MiB") }));
   await show("clean_robust", each);
   const timed = each.filter((row) => row.cost > 0);
   const sizes = timed.map((row) => row.memory).filter((memory) => memory > 0);
@@ -239,7 +239,8 @@ async function drawScatters(all) {
   // By the logarithm: a small network and a search through a generator are a thousandfold apart.
   const area = (memory) => (memory > 0 ? 40 + (most > least ? (360 * Math.log(memory / least)) / Math.log(most / least) : 60) : 12);
   const unknown = sizes.length < timed.length ? " Dots: memory not recorded." : "";
-  document.getElementById("cost-memory").textContent = sizes.length ? `The larger the mark, the more memory it takes (${short(least)} to ${short(most)} MiB, logarithmic).${unknown}` : "";
+  const sentence = most > least ? `The larger the mark, the more memory it takes (${short(least)} to ${short(most)} MiB, logarithmic).` : `Memory: ${short(most)} MiB.`;
+  document.getElementById("cost-memory").textContent = sizes.length ? sentence + unknown : "";
   await show("cost", timed.map((row) => ({ ...row, area: sizes.length ? area(row.memory) : 55 })));
 }
 
