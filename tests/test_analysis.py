@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from src import config, sidecars
+from src import config, memory, sidecars
 from src.analysis import activations, confusion, cost, detector, fid, representation, side_by_side, training
 from src.analysis.scene import Scene, draw
 from src.errors import UserError
@@ -225,6 +225,36 @@ def test_cost_is_shown_at_the_largest_finite_eps_of_what_was_timed(tmp_path: Pat
     assert path is not None
     assert is_drawn(path)
     assert cost.cost_scatter([cell()], tmp_path / "none.png") is None
+
+
+def test_the_marker_grows_with_memory() -> None:
+    sizes = [1.0, 10.0, 100.0]
+    assert [cost._points(mib, sizes) for mib in sizes] == pytest.approx([4.0, 8.5, 13.0])
+    assert cost._points(3.0, [3.0]) == 6.0
+    assert cost._size(cell(), sizes) == 5.0, "a record of before"
+
+
+class Greedy(Linear):
+    """Keeps as many copies of its input at once as it is told."""
+
+    copies = 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = x.repeat(self.copies, 1, 1, 1)
+        torch.rand(1)  # a stochastic defense
+        return self.layer(large[: len(x)].flatten(1))
+
+
+def test_memory_of_a_forward_pass_by_hand() -> None:
+    images = torch.rand(64, 1, 8, 8)
+    weights, answer = (64 * 3 + 3) * 4, 64 * 3 * 4
+    for copies in (1, 10):
+        model = Greedy(side=8, classes=3)
+        model.copies = copies
+        expected = weights + images.nbytes * (1 + copies) + answer
+        state = torch.random.get_rng_state()
+        assert memory.peak_mib(model, images) == pytest.approx(expected / memory.MIB, rel=0.01)
+        assert torch.random.get_rng_state().equal(state)
 
 
 def test_attacks_stand_side_by_side_on_the_same_images(tmp_path: Path) -> None:
