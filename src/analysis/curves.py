@@ -76,6 +76,9 @@ def robustness_curve(records: Iterable[Record], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     done = [r for r in sorted(records, key=store.order) if r.status == "done" and r.robust_accuracy is not None]
+    same = {r.variant for r in done}
+    if len(same) == 1:  # what was changed for all of them is no part of a defense's name
+        done = [r.model_copy(update={"variant": ""}) for r in done]
     panels: dict[tuple[object, ...], list[Record]] = {}
     for record in done:
         key = (record.dataset, record.classifier, record.attack, record.norm, record.targeted)
@@ -98,8 +101,10 @@ def robustness_curve(records: Iterable[Record], path: Path) -> Path:
             axis.set_ylabel("accuracy (%)")
         if not panels:
             axes.flat[0].text(0.5, 0.5, "no finished cell", ha="center", va="center")
-        _legend(figure, legend, paired=len(defenses) > 1)
-        text = "\n".join([caption(done), *textwrap.wrap(_on_unreliable(done), int(size[0] * 17))])
+        _legend(figure, legend, paired=min(len(defenses), len({r.access for r in done if r.defense != "none"})) > 1)
+        further = [f"With {same.pop()}." if len(same) == 1 and "" not in same else "", _on_unreliable(done)]
+        lines_below = [line for each in further for line in textwrap.wrap(each, int(size[0] * 17))]
+        text = "\n".join([caption(done), *lines_below])
         figure.supxlabel(text, x=0.01, ha="left", fontsize=FONT, color="#333333")
         return save_figure(figure, path)
 
@@ -114,7 +119,8 @@ def _legend(figure: Any, legend: dict[str, Any], *, paired: bool) -> None:
         entries.insert(1, ("", blank))
     if not entries:
         return
-    fit = int(figure.get_size_inches()[0] / 1.7)  # inches that a label such as "defense_gan, white_box" takes
+    longest = max(len(name) for name, _ in entries)
+    fit = max(1, int(figure.get_size_inches()[0] / (0.5 + 0.06 * longest)))  # inches that a label takes, by eye
     lines = math.ceil(len(entries) / fit)
     if paired:
         lines = 2 * math.ceil(lines / 2)
