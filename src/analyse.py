@@ -59,6 +59,8 @@ def scene(bench: Bench, radii: tuple[float, ...]) -> Scene:
     if job.norm not in attack.norms:
         raise UserError(f"analysis: attack={bench.names.attack} has no {job.norm}")
     return Scene(
+        dataset=bench.names.dataset,
+        classifier_name=bench.names.classifier,
         classifier=classifier,
         defended=defended,
         images=images,
@@ -69,6 +71,7 @@ def scene(bench: Bench, radii: tuple[float, ...]) -> Scene:
         attack=attacked,
         threat=f"{bench.names.attack} ({'targeted' if job.threat.targeted else 'untargeted'}), {job.norm}",
         minimal=attack.minimal,
+        trainings=tuple(folder for folder in bench.stages.folders if folder.parent.name == "defense"),
         steps=getattr(attack, "steps", None),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import pandas as pd
 from src import records as store
 from src import sidecars
 from src.checks.across import across
+from src.checks.flags import unreliable
 from src.errors import UserError
 from src.records import Record
 
@@ -38,9 +40,16 @@ _SCHEMA = (
         "robust_accuracy_bare distance_max forward_passes backward_passes "
         "detection_auc detection_tpr clean_rejected accepted_wrong",
     ),
+    ("bool", "unreliable"),
+    ("float64", "defense_memory_mib"),
 )
 _DTYPES = {name: dtype for dtype, names in _SCHEMA for name in names.split()}
 COLUMNS = tuple(_DTYPES)
+# What an attack left: of an unreliable cell programs get the numbers and the column `unreliable`, people the word.
+ATTACKED = (
+    "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high", "robust_accuracy_bare", "attack_success_rate",
+    "accepted_wrong",
+)  # fmt: skip
 DIMENSIONS = ("dataset", "classifier", "defense", "attack", "eps", "access", "seed")
 _FURTHER = ("norm", "targeted", "variant", "n")  # dimensions only where they differ
 
@@ -99,8 +108,18 @@ def to_frame(records: Iterable[Record]) -> Results:
 
 
 def _plain(record: Record, name: str) -> Any:
+    if name == "unreliable":
+        return record.status == "done" and unreliable(record.flags)
     value = getattr(record, name)
     return ";".join(value) if isinstance(value, list) else value
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The same for people: *unreliable* in place of the robust accuracy of a cell that failed a decisive check."""
+    text = pd.DataFrame(table).astype(object)
+    text.loc[table["unreliable"], list(ATTACKED)] = math.nan
+    text.loc[table["unreliable"], "robust_accuracy"] = "unreliable"
+    return text
 
 
 def write_csv(records: Iterable[Record], path: Path) -> Path:

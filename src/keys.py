@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+ONLY_SHOWN = "samples_to_show"  # a method that pictures are made of, and no figure: it is no part of a stage
+
 
 def content_key(**parts: Any) -> str:
     """Sixteen hex digits over JSON of ``parts``; the order of keys does not matter."""
@@ -20,7 +22,8 @@ def content_key(**parts: Any) -> str:
 def source_digest(*objects: object, within: str | None = None) -> str:
     """Digest of our own source behind classes (bases included), functions and modules.
 
-    Comments, docstrings and formatting do not count: they change no result and should not train anything again.
+    Comments, docstrings and formatting do not count, nor a method ``samples_to_show``: they change no result and should
+    not train anything again.
 
     Args:
         within: a package, such as ``src.attacks``, in which imports are followed as well.
@@ -66,6 +69,8 @@ def _code_digest(file: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
+        if isinstance(node, ast.ClassDef):
+            node.body = [part for part in node.body if getattr(part, "name", None) != ONLY_SHOWN]
     return hashlib.blake2b(ast.dump(tree).encode(), digest_size=8).hexdigest()
 
 

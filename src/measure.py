@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from src import fit, records
+from src import fit, memory, records
 from src.attacks.base import Attack
 from src.callbacks.attack_callback import AttackCallback, Replay
 from src.callbacks.collect import Collect
@@ -173,6 +173,7 @@ class Bench:
             key=key,
             **asdict(self.names),
             **self._certified,
+            defense_memory_mib=self._memory,
             stages=self.keys,
             uses=sorted({*self._common, *self.stages.used}),
             checks=self._checks(threat, access, made, seen),
@@ -251,6 +252,16 @@ class Bench:
         key, found = certified(self.subject.defended, self.keys, self.data, self.stages, self.job)
         self._common.append(key)
         return found
+
+    @cached_property
+    def _memory(self) -> float:
+        """MiB that the defended model takes to answer."""
+        device, defended = fit.device(self.job.trainer), self.subject.defended
+        first = self.data.test.batch(range(min(len(self.data.test), memory.BATCH)))
+        try:
+            return round(memory.peak_mib(defended.to(device), to_float(first["image"]).to(device)), 3)
+        finally:
+            defended.cpu()
 
     def _attacked(self, threat: ThreatModel, access: Access) -> Table:
         """Attacked images of every test image with the attack's verdicts, made by what ``access`` allows."""

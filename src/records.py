@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from src.errors import UserError
 
-SCHEMA_VERSION = 3  # 2: checks, redraws; 3: digest
+SCHEMA_VERSION = 4  # 2: checks, redraws; 3: digest; 4: memory
 
 
 class Record(BaseModel):
@@ -65,6 +65,9 @@ class Record(BaseModel):
     backward_passes: float | None = None
     attack_ms_per_image: float | None = None
     defense_ms_per_image: float | None = None  # the defended model's forward pass
+    # Most tensor memory at once in such a pass over (at most) 64 images, weights and images included; 1 MiB = 2**20
+    # bytes. None in records made before it was taken.
+    defense_memory_mib: float | None = None
     # Where the defense detects; a detected image counts as held, one whose clean version is rejected does not.
     clean_rejected: float | None = None  # share of the clean images
     accepted_wrong: float | None = None  # share of the attacked images, of all n

@@ -32,6 +32,7 @@ class Stages:
         self.root = root.absolute()
         self.plan = plan  # make nothing, only note what is asked for
         self.asked: dict[str, dict[str, Any]] = {}
+        self.folders: list[Path] = []  # of all the stages asked for
         self.used: list[str] = []  # keys of the stages that were found or made
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,7 @@ class Stages:
         """
         final = self.root / kind / key
         self.used.append(key)
+        self.folders.append(final)
         if self.plan:
             self.asked[key] = {"kind": kind, "what": what, "present": final.exists()}
             return final

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src import records as store
-from src.checks.flags import unreliable
+from src.checks.flags import unreliable, why_unreliable
 from src.records import Record
 
 if TYPE_CHECKING:  # rich takes a while to import; `--help` must not wait for it
@@ -174,10 +174,15 @@ _ON_REJECTION = (
 )
 
 
-_UNRELIABLE = (
-    "`unreliable` stands where a decisive sanity check was raised, see notes and docs/checks.md: the attack, the "
-    "gradients or the data do not allow a figure. "
-)
+def _on_unreliable(done: Sequence[Record]) -> str:
+    """Without the notes at hand, as in LaTeX, this is all that a reader learns."""
+    why = why_unreliable(flag for r in done for flag in r.flags)
+    if not why:
+        return ""
+    return (
+        "`unreliable` stands in place of a figure where a decisive sanity check was raised, so that the attack, the "
+        f"gradients or the data do not allow one ({why}; see docs/checks.md). "
+    )
 
 
 def reading(records: Sequence[Record]) -> str:
@@ -195,7 +200,7 @@ def reading(records: Sequence[Record]) -> str:
         "attacks the defended model through its defense and is the figure to quote. The gap, gray_box minus "
         "white_box in percentage points, is the robustness that is gone once the attacker knows the defense. "
         f"{_ON_REJECTION if any(r.clean_rejected is not None for r in done) else ''}"
-        f"{_UNRELIABLE if any(unreliable(r.flags) for r in done) else ''}"
+        f"{_on_unreliable(done)}"
         f"{f'{failed} cell(s) failed, see notes. ' if failed else ''}Measured {date or 'on an unknown date'}."
     )
 

@@ -77,7 +77,7 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
         for name in (
             "dataset", "classifier", "defense", "norm", "eps", "access", "seed", "targeted", "n", "correct_bare",
             "correct_defended", "clean_accuracy", "clean_accuracy_defended", "clean_rejected", "defense_ms_per_image",
-            "stages", "versions", "host", "device",
+            "defense_memory_mib", "stages", "versions", "host", "device",
         )
     }  # fmt: skip
     facts |= {

@@ -13,8 +13,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from src import config, sidecars
-from src.analysis import activations, confusion, cost, detector, reconstructions, representation, side_by_side
+from src import config, memory, sidecars
+from src.analysis import activations, confusion, cost, detector, fid, representation, side_by_side, training
 from src.analysis.scene import Scene, draw
 from src.errors import UserError
 from src.report.command import CONF
@@ -47,10 +47,60 @@ def test_layers_in_their_order_and_their_difference() -> None:
 
 def test_frechet_distance_of_shifted_images_is_the_squared_shift() -> None:
     images = torch.rand(200, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double() * 0.5
-    same = reconstructions.frechet(Linear(side=2), images.float(), images.float())
-    far = reconstructions.frechet(Linear(side=2), images.float(), images.float() + 0.25)
-    assert same == pytest.approx(0, abs=1e-4)
-    assert far == pytest.approx(4 * 0.25**2, abs=1e-3)
+    distance = fid.Fid(images.float(), Linear(side=2), "lenet")
+    assert distance.features == "lenet features"
+    assert distance(images.float() + 0.25) == pytest.approx(4 * 0.25**2, abs=1e-3)
+    assert distance(images.float()) == pytest.approx(0, abs=1e-4), "what was measured before is forgotten"
+
+
+def test_inception_is_taken_where_it_lies_and_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(fid, "find_spec", lambda name: object())
+    assert fid.inception() is None
+    weights = tmp_path / "checkpoints" / fid.INCEPTION
+    weights.parent.mkdir()
+    weights.write_bytes(b"")
+    assert fid.inception() == weights
+    monkeypatch.setattr(fid, "find_spec", lambda name: None)
+    assert fid.inception() is None, "no library to read them with"
+
+
+class Remembered(nn.Module):
+    """A defense that can only repeat what it is given."""
+
+    def __init__(self, images: Tensor, asked: Tensor | None) -> None:
+        super().__init__()
+        self.images, self.asked = images, asked
+
+    def samples_to_show(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        return self.images[:count], None if self.asked is None else self.asked[:count]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_samples_have_their_distance_beside_that_of_clean_images(
+    asked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = scene()
+    labels = seen.labels.roll(1) if asked else None
+    seen.defended.generates = Remembered(seen.images, labels)
+    with caplog.at_level("INFO", logger="src.analysis.samples"):
+        draw([("samples", built("samples"))], seen, tmp_path)
+    assert "FID on linear features, n=20: samples 0, other clean images" in caplog.text
+    right = 100 * float((labels == seen.labels)[:20].double().mean()) if labels is not None else 0.0
+    assert (f"reads {right:.1f} % as the class asked for" in caplog.text) == asked
+
+
+def test_curves_of_a_training_by_epoch(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,val_loss,train_loss\n0,9,,3\n0,9,2,\n1,19,,1\n")
+    rows = training.read(tmp_path / "metrics.csv")
+    assert list(training.series(rows).items()) == [("train_loss", [(1, 3), (2, 1)]), ("val_loss", [(1, 2)])]
+    assert training.read(tmp_path / "nothing.csv") == []
+
+
+def test_umap_asks_for_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(representation, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"method=umap: umap-learn is not installed.*pip install umap-learn"):
+        representation.Representation(method="umap")
 
 
 def test_features_are_found_behind_wrappers() -> None:
@@ -100,6 +150,7 @@ def scene(**changes: Any) -> Scene:
         )
 
     values: dict[str, Any] = {
+        "dataset": "digits", "classifier_name": "linear",
         "classifier": model, "defended": model, "images": images, "labels": labels, "classes": ("a", "b", "c"),
         "radii": (0.1, 0.3, float("inf")), "accesses": ("gray_box", "white_box"), "attack": attack,
         "threat": "noise (untargeted), linf", "minimal": True, "steps": 3,
@@ -120,10 +171,16 @@ def test_each_choice_draws_with_a_caption(name: str, tmp_path: Path, monkeypatch
     captions: list[str] = []
     write = Figure.supxlabel
     monkeypatch.setattr(Figure, "supxlabel", lambda self, text, **k: captions.append(text) or write(self, text, **k))
-    (path,) = draw([(name, built(name))], scene(), tmp_path)
+    (tmp_path / "metrics.csv").write_text("epoch,step,train_loss\n0,9,3\n1,19,1\n")
+    (tmp_path / "meta.json").write_text('{"what": "defense vae on digits"}')
+    seen = scene(trainings=(tmp_path,))
+    seen.defended.generates = Remembered(seen.images, None)
+    (path,) = draw([(name, built(name))], seen, tmp_path)
     assert path == tmp_path / f"analysis_{name}.png"
     assert is_drawn(path)
-    assert all(part in " ".join(captions[0].split()) for part in ("n = ", "noise (untargeted), linf", "ε = "))
+    facts = {"samples": ("n=20", "linear features"), "losses": ("n = 2 epochs", "defense vae on digits")}
+    attacked = ("n = ", "noise (untargeted), linf", "ε = ")
+    assert all(part in " ".join(captions[0].split()) for part in facts.get(name, attacked))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +188,8 @@ def test_each_choice_draws_with_a_caption(name: str, tmp_path: Path, monkeypatch
     [
         ("attack_loss", {"steps": None}, "attack=pgd"),
         ("distances", {"minimal": False}, "attack=fmn"),
+        ("samples", {}, "defense=vae"),
+        ("losses", {}, "defense=vae"),
         ("detector", {"defended": Linear(side=8, classes=3)}, "defense=squeezing_detector"),
     ],
 )
@@ -166,6 +225,36 @@ def test_cost_is_shown_at_the_largest_finite_eps_of_what_was_timed(tmp_path: Pat
     assert path is not None
     assert is_drawn(path)
     assert cost.cost_scatter([cell()], tmp_path / "none.png") is None
+
+
+def test_the_marker_grows_with_memory() -> None:
+    sizes = [1.0, 10.0, 100.0]
+    assert [cost._points(mib, sizes) for mib in sizes] == pytest.approx([4.0, 8.5, 13.0])
+    assert cost._points(3.0, [3.0]) == 6.0
+    assert cost._size(cell(), sizes) == 5.0, "a record of before"
+
+
+class Greedy(Linear):
+    """Keeps as many copies of its input at once as it is told."""
+
+    copies = 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = x.repeat(self.copies, 1, 1, 1)
+        torch.rand(1)  # a stochastic defense
+        return self.layer(large[: len(x)].flatten(1))
+
+
+def test_memory_of_a_forward_pass_by_hand() -> None:
+    images = torch.rand(64, 1, 8, 8)
+    weights, answer = (64 * 3 + 3) * 4, 64 * 3 * 4
+    for copies in (1, 10):
+        model = Greedy(side=8, classes=3)
+        model.copies = copies
+        expected = weights + images.nbytes * (1 + copies) + answer
+        state = torch.random.get_rng_state()
+        assert memory.peak_mib(model, images) == pytest.approx(expected / memory.MIB, rel=0.01)
+        assert torch.random.get_rng_state().equal(state)
 
 
 def test_attacks_stand_side_by_side_on_the_same_images(tmp_path: Path) -> None:

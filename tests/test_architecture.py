@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "frame": {"records", "checks", "sidecars", "worst", "errors"},
     "report": {"records", "sidecars", "worst", "frame", "tables", "uncertainty", "checks", "errors", "analysis"}
     | {"report", "tracking"},
-    "tracking": {"records", "keys", "worst", "frame", "errors", "analysis", "tracking"},
-    "analysis": {"records", "sidecars", "tables", "errors", "analysis"},
+    "tracking": {"records", "keys", "worst", "frame", "errors", "analysis", "checks", "tracking"},
+    "analysis": {"records", "sidecars", "tables", "checks", "errors", "analysis"},
     "data": {"threat", "errors", "records", "data"},
     "classifiers": {"threat", "errors", "keys", "recipe", "classifiers"},
     "attacks": {"threat", "errors", "attacks"},

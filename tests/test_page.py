@@ -149,7 +149,7 @@ def test_in_a_browser(browser: Any, path: Path, width: int) -> None:
     assert sheet.locator("#tip").inner_text() == meanings.explain(WHY)
     sheet.locator("tbody tr[data-key] td").first.click()
     said = sheet.locator(".detail code").first.inner_text()
-    assert said == content(path)["rows"][[r["c"][19] for r in content(path)["rows"]].index([WHY])]["command"]
+    assert said == next(row["command"] for row in content(path)["rows"] if row["c"][-1] == [WHY])
     sheet.fill("input[type=search]", "")
     drawn(sheet, len(many()) - 1)
 
@@ -165,6 +165,30 @@ def test_in_a_browser(browser: Any, path: Path, width: int) -> None:
     assert "images" in sheet.locator("#vg-tooltip-element").inner_text()
     assert wrong == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.mark.slow
+def test_an_unreliable_cell_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    cells = [r for eps in (0.1, 0.2) for r in pair(eps, defense_ms_per_image=1.0, defense_memory_mib=2.0)]
+    cells[3] = cells[3].model_copy(update={"flags": ["gradient_missing"]})
+    sheet = browser.new_page()
+    wrong: list[str] = []
+    sheet.on("pageerror", lambda error: wrong.append(str(error)))
+    sheet.goto(page.write_page(cells, tmp_path / "report.html").as_uri())
+    drawn(sheet, 4)
+    assert shown(sheet, "robust")[3] == "unreliable"
+    assert [text == "25.0" for text in shown(sheet, "gap")] == [True, True, False, False]
+    sheet.locator("td .unreliable").hover()
+    assert sheet.locator("#tip").inner_text().startswith("gradient_missing: ")
+    sheet.wait_for_function("document.getElementById('left-out').textContent.includes('1 unreliable cell.')")
+    assert "Hollow, not joined: unreliable" in sheet.locator("#curves-caption").inner_text()
+    assert sheet.locator("#cost-memory").inner_text() == "Memory: 2 MiB."
+    sheet.fill("input[data-column=robust]", "> 1")
+    drawn(sheet, 3)
+    sheet.fill("input[data-column=robust]", "")
+    sheet.fill("input[type=search]", "unreliable")
+    drawn(sheet, 1)
+    assert wrong == []
 
 
 @pytest.mark.slow

@@ -113,6 +113,16 @@ def test_source_counts_but_comments_do_not(tmp_path: Path) -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_what_only_pictures_are_made_of_counts_for_no_stage(tmp_path: Path) -> None:
+    methods = ["", "    def samples_to_show(self):\n        return 1\n", "    def loss(self):\n        return 1\n"]
+    digests = []
+    for method in methods:
+        (tmp_path / "x.py").write_text(f"class A:\n    b = 1\n{method}")
+        _code_digest.cache_clear()
+        digests.append(_code_digest(str(tmp_path / "x.py")))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_seeds_differ_by_every_part() -> None:
     assert len({seed_of(0, 0), seed_of(0, 1), seed_of(1, 0), seed_of(0), seed_of(0, 0, 0)}) == 5
     assert 0 <= seed_of(1, 2) < 2**62

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import records as store
+from src.checks.flags import unreliable, why_unreliable
 from src.records import Record
 from src.tables import format_eps
 
@@ -35,12 +37,13 @@ PANELS = 12  # of one figure, before it is divided
 
 @dataclass(frozen=True)
 class Point:
-    """An accuracy with its 95 % interval, fractions."""
+    """An accuracy with its 95 % interval, fractions; ``sound`` if no decisive check was raised."""
 
     eps: float
     accuracy: float
     low: float
     high: float
+    sound: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,15 @@ def robustness_curve(records: Iterable[Record], path: Path) -> Path:
     """Draw accuracy over eps, one panel per dataset, classifier, attack and norm; failed cells are left out.
 
     With one defense colour tells the access, with several the defense (gray_box dashed, white_box solid).
-    eps = 0 is the clean accuracy; an infinite eps has its own place at the right, not joined to the line.
+    eps = 0 is the clean accuracy; an infinite eps has its own place at the right, not joined to the line. A cell that
+    is unreliable is a hollow marker in a gap of its line.
     """
     from matplotlib.figure import Figure
 
     done = [r for r in sorted(records, key=store.order) if r.status == "done" and r.robust_accuracy is not None]
+    same = {r.variant for r in done}
+    if len(same) == 1:  # what was changed for all of them is no part of a defense's name
+        done = [r.model_copy(update={"variant": ""}) for r in done]
     panels: dict[tuple[object, ...], list[Record]] = {}
     for record in done:
         key = (record.dataset, record.classifier, record.attack, record.norm, record.targeted)
@@ -94,23 +101,35 @@ def robustness_curve(records: Iterable[Record], path: Path) -> Path:
             axis.set_ylabel("accuracy (%)")
         if not panels:
             axes.flat[0].text(0.5, 0.5, "no finished cell", ha="center", va="center")
-        _legend(figure, legend, paired=len(defenses) > 1)
-        figure.supxlabel(caption(done), x=0.01, ha="left", fontsize=FONT, color="#333333")
+        _legend(figure, legend, paired=min(len(defenses), len({r.access for r in done if r.defense != "none"})) > 1)
+        further = [f"With {same.pop()}." if len(same) == 1 and "" not in same else "", _on_unreliable(done)]
+        lines_below = [line for each in further for line in textwrap.wrap(each, int(size[0] * 17))]
+        text = "\n".join([caption(done), *lines_below])
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=FONT, color="#333333")
         return save_figure(figure, path)
 
 
 def _legend(figure: Any, legend: dict[str, Any], *, paired: bool) -> None:
-    """Above the panels. Columns are filled downwards: paired, each holds the two accesses of one defense."""
+    """Above the panels. Columns are filled downwards: paired, the two accesses of a defense stay together."""
     from matplotlib.lines import Line2D
 
-    handles, labels = list(legend.values()), list(legend)
-    if paired and labels[0] == _BARE:
-        handles.insert(1, Line2D([], [], linestyle="none"))
-        labels.insert(1, "")
-    if handles:
-        columns = min(4, math.ceil(len(handles) / 2) if paired else len(handles))
-        place: dict[str, Any] = {"loc": "outside upper left", "frameon": False, "borderaxespad": 0.1}
-        figure.legend(handles, labels, ncols=columns, handlelength=2.6, **place)
+    blank = Line2D([], [], linestyle="none")
+    entries = list(legend.items())
+    if paired and entries[0][0] == _BARE:
+        entries.insert(1, ("", blank))
+    if not entries:
+        return
+    longest = max(len(name) for name, _ in entries)
+    fit = max(1, int(figure.get_size_inches()[0] / (0.5 + 0.06 * longest)))  # inches that a label takes, by eye
+    lines = math.ceil(len(entries) / fit)
+    if paired:
+        lines = 2 * math.ceil(lines / 2)
+    columns = math.ceil(len(entries) / lines)
+    if paired:  # else columns of unequal length would part a pair
+        entries += [("", blank)] * (columns * lines - len(entries))
+    place: dict[str, Any] = {"loc": "outside upper left", "frameon": False, "borderaxespad": 0.1}
+    labels, handles = zip(*entries, strict=True)
+    figure.legend(handles, labels, ncols=columns, handlelength=2.6, **place)
 
 
 def caption(done: Sequence[Record]) -> str:
@@ -122,6 +141,11 @@ def caption(done: Sequence[Record]) -> str:
     aim = "untargeted" if aims <= {False} else "targeted" if aims == {True} else "untargeted and targeted"
     images = f"{n} test images. Bands: 95 % Wilson intervals. ε = 0: clean images."
     return f"{images}\nAttack: {attacks or 'none'}, {aim}."
+
+
+def _on_unreliable(done: Sequence[Record]) -> str:
+    why = why_unreliable(flag for r in done for flag in r.flags)
+    return f"Hollow, not joined: unreliable ({why})." if why else ""
 
 
 def save_figure(figure: Any, path: Path) -> Path:
@@ -158,7 +182,7 @@ def _panel(axis: Axes, cells: Sequence[Record], defenses: list[str], legend: dic
     edge = radii[-1] if radii else 1.0
     infinite = edge * 1.2 if any(r.eps == math.inf for r in cells) else None
     for line in _lines(cells, defenses):
-        finite = [p for p in line.points if math.isfinite(p.eps)]
+        finite = [p if p.sound else Point(p.eps, math.nan, math.nan, math.nan) for p in line.points if p.eps < math.inf]
         look: dict[str, Any] = {"color": line.color, "marker": line.marker, "markersize": 3.6}
         (drawn,) = axis.plot(
             [p.eps for p in finite],
@@ -172,7 +196,11 @@ def _panel(axis: Axes, cells: Sequence[Record], defenses: list[str], legend: dic
             color=line.color, alpha=0.16, linewidth=0,
         )  # fmt: skip
         for p in line.points:
-            if infinite is not None and math.isinf(p.eps):
+            if not p.sound:
+                place = infinite if infinite is not None and math.isinf(p.eps) else p.eps
+                marker = "o" if line.marker == "x" else line.marker
+                axis.plot(place, 100 * p.accuracy, marker, color=line.color, markersize=4.5, markerfacecolor="white")
+            elif infinite is not None and math.isinf(p.eps):
                 bars = [[100 * (p.accuracy - p.low)], [100 * (p.high - p.accuracy)]]
                 axis.errorbar([infinite], [100 * p.accuracy], yerr=bars, linestyle="none", elinewidth=1, **look)
         legend.setdefault(line.label, drawn)
@@ -238,7 +266,8 @@ def _points(group: Sequence[Record]) -> tuple[Point, ...]:
         if r.eps is not None and r.robust_accuracy is not None:
             low, high = r.robust_accuracy_low, r.robust_accuracy_high
             here = r.robust_accuracy
-            points[r.eps] = Point(r.eps, here, here if low is None else low, here if high is None else high)
+            bounds = here if low is None else low, here if high is None else high
+            points[r.eps] = Point(r.eps, here, *bounds, sound=not unreliable(r.flags))
     return tuple(points[eps] for eps in sorted(points))
 
 
@@ -250,6 +279,7 @@ def _bare_points(group: Sequence[Record]) -> tuple[Point, ...]:
             points[0.0] = Point(0.0, r.correct_bare / r.n, *store.wilson(r.correct_bare, r.n))
     for r in group:
         right = r.correct_attacked if r.defense == "none" else r.correct_attacked_bare
-        if right is not None and r.eps is not None and r.n:
-            points[r.eps] = Point(r.eps, right / r.n, *store.wilson(right, r.n))
+        sound = not unreliable(r.flags)  # the same images met several defenses: what one of them raised is not all
+        if right is not None and r.eps is not None and r.n and (sound or r.eps not in points):
+            points[r.eps] = Point(r.eps, right / r.n, *store.wilson(right, r.n), sound=sound)
     return tuple(points[eps] for eps in sorted(points)) if len(points) > 1 else ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -15,22 +16,36 @@ from src.errors import UserError
 
 
 class Representation(Analysis):
-    """PCA and t-SNE (van der Maaten and Hinton 2008) of what the last layer sees.
+    """PCA and, beside it, t-SNE or UMAP of what the last layer sees.
+
+    Papers: van der Maaten, Hinton 2008, "Visualizing Data using t-SNE",
+    https://www.jmlr.org/papers/v9/vandermaaten08a.html; McInnes, Healy, Melville 2018, https://arxiv.org/abs/1802.03426
 
     Args:
         images: first images looked at.
-        seed: of t-SNE, whose picture depends on it.
+        method: ``tsne``, or ``umap`` where umap-learn is installed.
+        seed: of the method, whose picture depends on it.
+
+    Raises:
+        UserError: umap without umap-learn.
     """
 
-    def __init__(self, *, images: PositiveInt = 150, seed: NonNegativeInt = 0) -> None:
+    def __init__(
+        self, *, images: PositiveInt = 150, method: Literal["tsne", "umap"] = "tsne", seed: NonNegativeInt = 0
+    ) -> None:
+        if method == "umap" and find_spec("umap") is None:
+            raise UserError(
+                "analysis.representation.method=umap: umap-learn is not installed. Expected tsne, or install it with "
+                "pip install umap-learn"
+            )
         self.images = images
+        self.method = method
         self.seed = seed
 
     def draw(self, scene: Scene, path: Path) -> Path:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
         from sklearn.decomposition import PCA
-        from sklearn.manifold import TSNE
 
         clean, labels = scene.take(self.images)
         if len(labels) < 5:
@@ -43,13 +58,10 @@ class Representation(Analysis):
             sets["purified"] = purified
         points = torch.cat([features(scene.classifier, each) for each in sets.values()]).cpu().numpy()
         pca = PCA(2, random_state=self.seed)
-        perplexity = min(30.0, (len(points) - 1) / 3)
-        planes = {
-            "PCA": pca.fit_transform(points),
-            "t-SNE": TSNE(2, random_state=self.seed, perplexity=perplexity, init="pca").fit_transform(points),
-        }
+        name, nonlinear = self._nonlinear(points)
+        planes = {"PCA": pca.fit_transform(points), name: nonlinear}
         kept = 100 * pca.explained_variance_ratio_
-        axes_names = {"PCA": [f"component {i + 1} ({kept[i]:.0f} %)" for i in (0, 1)], "t-SNE": ["t-SNE 1", "t-SNE 2"]}
+        axes_names = {"PCA": [f"component {i + 1} ({kept[i]:.0f} %)" for i in (0, 1)], name: [f"{name} 1", f"{name} 2"]}
         looks = dict(zip(sets, [(BLUE, "o"), (VERMILLION, "X"), (GREEN, "^")], strict=False))
         with paper_style():
             figure = Figure(figsize=(7.0, 3.8), dpi=200, layout="constrained")
@@ -62,6 +74,18 @@ class Representation(Analysis):
             figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
             text = "Penultimate layer of the bare classifier (no unit); a line joins the versions of one image."
             return finish(figure, f"{scene.caption(len(labels))} {text}", path)
+
+    def _nonlinear(self, points: Any) -> tuple[str, Any]:
+        """Name of the method and the points in its plane."""
+        if self.method == "umap":
+            from umap import UMAP
+
+            near = min(15, len(points) - 1)
+            return "UMAP", UMAP(n_neighbors=near, n_jobs=1, random_state=self.seed).fit_transform(points)
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(points) - 1) / 3)
+        return "t-SNE", TSNE(2, random_state=self.seed, perplexity=perplexity, init="pca").fit_transform(points)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ class Scene:
     """The subject of one job. Images are float32 in [0, 1], the first ones of the split that is judged.
 
     Attributes:
+        dataset: its name.
+        classifier_name: what the classifier is called.
         classifier: the bare classifier.
         defended: the same behind its defense.
         images: ``(N, C, H, W)``.
@@ -35,8 +37,11 @@ class Scene:
         steps: of the attack; None where it counts none.
         threat: the threat model in words, without eps and access.
         minimal: the attack searches the smallest change.
+        trainings: folders of the stages that the defense was trained in.
     """
 
+    dataset: str
+    classifier_name: str
     classifier: Any
     defended: Any
     images: Tensor
@@ -47,6 +52,7 @@ class Scene:
     attack: Callable[..., Any]
     threat: str
     minimal: bool
+    trainings: tuple[Path, ...] = ()
     steps: int | None = None
     _made: dict[tuple[str, int, float], Any] = field(default_factory=dict)
 

@@ -147,7 +147,7 @@ def log_results(config: DictConfig, sweep: Path, records: list[Record], paths: l
     from omegaconf import OmegaConf, open_dict, read_write
 
     from src.keys import content_key
-    from src.tracking import NoTracker, group_of
+    from src.tracking import NoTracker, group_of, relog
 
     try:
         node = copy.deepcopy(config.logger)  # keeps its parent, which interpolations may refer to
@@ -164,8 +164,7 @@ def log_results(config: DictConfig, sweep: Path, records: list[Record], paths: l
             for path in paths:
                 if path.suffix == ".png":
                     tracker.log_image(path.stem, path)
-            failed = sum(record.status == "failed" for record in records)
-            tracker.summary({"cells": len(records), "failed": failed})
+            tracker.summary(relog.counts(records))
     except Exception as error:  # everything is on disk already
         print(f"warning: the results were not logged ({type(error).__name__}: {error})", file=sys.stderr)
 

@@ -64,3 +64,9 @@ def raised(figures: dict[str, float]) -> list[str]:
 def unreliable(flags: Iterable[str]) -> bool:
     """Whether a cell with these flags has failed a decisive check."""
     return not DECISIVE.isdisjoint(flags)
+
+
+def why_unreliable(flags: Iterable[str]) -> str:
+    """The decisive ones among flags, each with what it says, for a caption; empty where there is none."""
+    found = DECISIVE.intersection(flags)
+    return "; ".join(f"{name}: {flag.says}" for name, flag in FLAGS.items() if name in found)

@@ -6,6 +6,10 @@ declares how gradients pass through it; the adaptive (white_box) attack is deriv
 Facts of the data and models come to a class that asks for them by a keyword without default: ``channels``, ``size``,
 ``num_classes``, ``mean``, ``std``; ``classifier``, the trained bare classifier; ``fresh``, a callable that makes an
 untrained network of the classifier's kind.
+
+One that can make images out of nothing says so by a method ``samples_to_show(count, generator)``, which returns
+``(count, C, H, W)`` in [0, 1] and the classes they were asked to be of, ``(count,)``, or None. ``analysis=samples``
+shows them; the method is no part of a trained stage's key, so nothing that is measured may use it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from src import records as store
+from src.checks.flags import unreliable
 from src.records import Record
 from src.tables import format_eps, percent
 from src.uncertainty import Paired, over_seeds, paired
@@ -66,8 +67,13 @@ def read_held(records: Iterable[Record], files: Mapping[str, Path]) -> dict[str,
 
 
 def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
-    """The sections of results.md over seeds and between defenses; empty where there is nothing to say."""
+    """The sections of results.md over seeds and between defenses; empty where there is nothing to say.
+
+    Cells that are unreliable have no part in them.
+    """
     from tabulate import tabulate
+
+    records = [record for record in records if not unreliable(record.flags)]
 
     def about(record: Record) -> list[str]:
         return [record.dataset, record.classifier, record.attack, record.norm, format_eps(record.eps), record.access]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from src import records as store
 from src.errors import UserError
+from src.frame import ATTACKED
 from src.report.latex import latex
 from src.tables import format_eps, percent
 
@@ -46,7 +47,8 @@ def select(table: pd.DataFrame, where: Sequence[str]) -> pd.DataFrame:
 def pivot(
     table: pd.DataFrame, rows: Sequence[str], cols: Sequence[str], value: str = "robust_accuracy"
 ) -> pd.DataFrame:
-    """One figure a place, as text: accuracies in percent, ``-`` where nothing was measured.
+    """One figure a place, as text: accuracies in percent, ``-`` where nothing was measured, ``unreliable`` where a
+    decisive check was raised.
 
     Raises:
         UserError: an unknown key or column, or two cells in one place (they are never averaged).
@@ -68,14 +70,16 @@ def pivot(
             f"--rows {','.join(rows)} --cols {','.join(cols)}: several cells in one place, which differ in "
             f"{', '.join(apart)}; figures are never averaged. Add it to --rows or --cols, or pick with --where"
         )
+    share = value.endswith(("accuracy", "_low", "_high", "_rate", "_rejected", "_wrong", "_tpr", "_bare", "_defended"))
+    texts = done[value].map(percent if share else lambda number: "-" if number != number else f"{number:.4g}")
+    done[value] = texts.mask(done["unreliable"], "unreliable") if value in ATTACKED else texts
     whole = done.set_index(places)[value].unstack(list(cols)) if cols else done.set_index(places)[[value]]
     whole = whole.sort_index(axis=0).sort_index(axis=1)
     for axis in ("index", "columns"):
         labels = getattr(whole, axis)
         if "eps" in labels.names:
             whole = whole.rename(format_eps, axis=axis, level="eps" if labels.nlevels > 1 else None)
-    share = value.endswith(("accuracy", "_low", "_high", "_rate", "_rejected", "_wrong", "_tpr", "_bare", "_defended"))
-    return whole.map(percent if share else lambda number: "-" if number != number else f"{number:.4g}")
+    return whole.fillna("-")
 
 
 def write(table: pd.DataFrame, out: Path, *, caption: str) -> list[Path]:

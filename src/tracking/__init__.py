@@ -45,7 +45,7 @@ class NoTracker:
         """The resolved config of the job."""
 
     def log_table(self, records: Iterable[Record], name: str = "results") -> None:
-        """All cells, with the columns of results.csv."""
+        """All cells, with the columns of results.csv; *unreliable* in place of a figure that is."""
 
     def log_image(self, name: str, path: Path) -> None:
         """A picture that lies on disk."""
@@ -148,12 +148,10 @@ class Tracker(NoTracker):
             return
         import wandb
 
-        from src.frame import COLUMNS, to_frame
+        from src.frame import COLUMNS, shown, to_frame
 
-        frame = to_frame(records)
-        rows: list[Iterable[Any]] = [
-            [_json_value(value) for value in row] for row in frame.astype(object).to_numpy().tolist()
-        ]
+        frame = shown(to_frame(records))
+        rows: list[Iterable[Any]] = [[_json_value(value) for value in row] for row in frame.to_numpy().tolist()]
         self.run.log({name: wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)})
 
     def log_image(self, name: str, path: Path) -> None:

@@ -6,7 +6,6 @@ goes on later, or is logged again from its records, continues its run.
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from src.checks.flags import unreliable, why_unreliable
 from src.keys import content_key
 from src.records import Record
 from src.tracking import NoTracker, Tracker
@@ -34,12 +34,14 @@ def run_id(names: Mapping[str, str], config: Mapping[str, Any]) -> str:
 
 def log_job(tracker: NoTracker, records: Sequence[Record], config: Mapping[str, Any], pictures: Iterable[Path]) -> None:
     """Config, training curves, accuracy over eps, table, pictures and summary of one job."""
+    from src.analysis import training
+
     first = records[0]
     cell = {name: getattr(first, name) for name in (*_NAMES, "norm", "seed")}
     tracker.log_config({**config, "cell": cell})
     root = Path(str((config.get("paths") or {}).get("artifacts", "artifacts")))
     for kind, key in first.stages.items():
-        tracker.log_curves(_curves(root / kind / key / "metrics.csv"), kind)
+        tracker.log_curves(training.read(root / kind / key / "metrics.csv"), kind)
     tracker.log_radii(_radii(records))
     tracker.log_table(records)
     for path in pictures:
@@ -89,28 +91,34 @@ def relog(
             for name, cells in curves.figures(records).items():
                 file = Path(scratch) / f"robustness_curve{f'_{name}' if name else ''}.png"
                 tracker.log_image(file.stem, curves.robustness_curve(cells, file))
-            failed = sum(record.status == "failed" for record in records)
-            tracker.summary({"cells": len(records), "failed": failed})
+            tracker.summary(counts(records))
     print(f"{len(jobs) + 1} runs of group {group} in {out / 'wandb'}")
     if mode == "offline":
         print(f"send them with: wandb sync {out / 'wandb'}/offline-run-*")
 
 
-def _curves(path: Path) -> list[dict[str, float]]:
-    """A stage's training, as Lightning's CSV logger left it; empty where the stage is not at hand."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+def counts(records: Sequence[Record]) -> dict[str, int]:
+    """Of the cells of a sweep."""
+    done = [record for record in records if record.status == "done"]
+    return {
+        "cells": len(records),
+        "failed": len(records) - len(done),
+        "unreliable": sum(unreliable(record.flags) for record in done),
+    }
 
 
 def _radii(records: Iterable[Record]) -> list[dict[str, float]]:
-    """Accuracy under each access by eps; an infinite eps has no place on an axis and stands in the table."""
+    """Accuracy under each access by eps; an infinite eps has no place on an axis and stands in the table.
+
+    A cell that is unreliable leaves a gap.
+    """
     rows: dict[float, dict[str, float]] = {}
     for record in records:
         if record.robust_accuracy is None or record.eps is None or math.isinf(record.eps):
             continue
         row = rows.setdefault(record.eps, {"eps": record.eps})
+        if unreliable(record.flags):
+            continue
         row[record.access] = record.robust_accuracy
         if record.robust_accuracy_bare is not None:
             row["bare"] = record.robust_accuracy_bare
@@ -120,18 +128,28 @@ def _radii(records: Iterable[Record]) -> list[dict[str, float]]:
     return [rows[eps] for eps in sorted(rows)]
 
 
-def _summary(records: Sequence[Record]) -> dict[str, float]:
-    """The final figures: of every cell, and those that the dashboard's scatters show, at the largest finite eps."""
-    values: dict[str, float] = {}
+def _summary(records: Sequence[Record]) -> dict[str, float | str | None]:
+    """The final figures: of every cell, and those that the dashboard's scatters show, at the largest finite eps.
+
+    A cell that is unreliable says so in words, and has no place in the scatters.
+    """
+    values: dict[str, float | str | None] = {}
     for record in records:
         known = {
             "clean_accuracy": record.clean_accuracy,
             "clean_accuracy_defended": record.clean_accuracy_defended,
             "defense_ms_per_image": record.defense_ms_per_image,
+            "defense_memory_mib": record.defense_memory_mib,
             f"attack_ms_per_image/{record.access}": record.attack_ms_per_image,
-            f"robust_accuracy/{record.access}/eps_{record.eps:.4g}": record.robust_accuracy,
+            f"robust_accuracy/{record.access}/eps_{record.eps:.4g}": "unreliable"
+            if unreliable(record.flags)
+            else record.robust_accuracy,
         }
         values |= {name: value for name, value in known.items() if value is not None}
     for row in _radii(records)[-1:]:
+        # A run that is logged again takes back what it said before.
+        values |= {f"largest_eps/{name}": None for r in records if unreliable(r.flags) for name in (r.access, "gap")}
         values |= {f"largest_eps/{name}": value for name, value in row.items()}
+    if doubtful := why_unreliable(flag for r in records for flag in r.flags):
+        values["unreliable"] = doubtful
     return values

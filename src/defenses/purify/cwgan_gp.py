@@ -125,6 +125,12 @@ class CWGANGP(WassersteinGAN):
         codes = torch.randn(self.classes * self.draws, self.latent, generator=fixed).to(self.device)
         return codes, torch.arange(self.classes, device=self.device).repeat_interleave(self.draws)
 
+    @torch.no_grad()
+    def samples_to_show(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Images of the averaged generator, of each class in turn."""
+        labels = (torch.arange(count) % self.classes).to(self.device)
+        return self.average(torch.randn(count, self.latent, generator=generator).to(self.device), labels), labels
+
     def _refined(self, images: Tensor, which: Tensor) -> Tensor:
         """Points of class images made nearer by descent, ``(B, classes, D)``: constants for whoever differentiates."""
         # The search has gradients of its own, also where the caller wants none.

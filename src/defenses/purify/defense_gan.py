@@ -94,6 +94,11 @@ class DefenseGAN(WassersteinGAN, Purifier):
         """The projection of an image near the generator's is nearly the image itself."""
         return images
 
+    @torch.no_grad()
+    def samples_to_show(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Images of the averaged generator."""
+        return self.average(torch.randn(count, self.latent, generator=generator).to(self.device)), None
+
     def _project(self, images: Tensor, *, restarts: int, steps: int, unrolled: bool = False) -> Tensor:
         # The search has gradients of its own, also where the caller wants none.
         with torch.inference_mode(False), torch.enable_grad():

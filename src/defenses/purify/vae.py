@@ -48,6 +48,13 @@ class VAE(Purifier):
         mean, logvar = self.encoder(images)
         return self.decoder(_draw(mean, logvar) if self.stochastic else mean)
 
+    @torch.no_grad()
+    def samples_to_show(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Images of codes drawn from the prior, the unit normal."""
+        weight = self.decoder.code[0].weight
+        assert isinstance(weight, Tensor)
+        return self.decoder(torch.randn(count, weight.shape[1], generator=generator).to(weight)), None
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, reconstruction, kl = self.loss(batch)
         values = {"train_loss": loss, "train_reconstruction": reconstruction, "train_kl": kl}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src import records as store
+from src.checks.flags import unreliable
 from src.records import Record
 from src.report.command import command
 from src.report.meanings import explain
@@ -34,13 +35,15 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("n", "count", "Test images, each counted once."),
     ("clean bare", "share", "Accuracy of the bare classifier on clean images, %."),
     ("clean", "share", "Accuracy of the defended model on clean images, %."),
-    ("robust", "share", "Accuracy of the defended model on attacked images, %, with its 95 % Wilson interval."),
+    ("robust", "share", "Accuracy of the defended model on attacked images, %, with its 95 % Wilson interval; "
+     "unreliable: a decisive sanity check was raised, see flags."),
     ("gap", "number", "gray_box minus white_box in percentage points: what is gone once the attacker knows the "
      "defense. Shown at both."),
     ("success", "share", "Share of the defended model's right answers that the attack turned, %."),
     ("distance", "number", "Median distance of the perturbation, over the images the attack worked on."),
     ("attack ms", "number", "Milliseconds per image of the attack."),
     ("defense ms", "number", "Milliseconds per image of the defended model's forward pass."),
+    ("memory MiB", "number", "Most tensor memory at once in that pass over 64 images, weights included, in MiB."),
     ("flags", "flags", "Sanity checks that were raised, and why a cell failed. Hover over each."),
 )  # fmt: skip
 
@@ -89,7 +92,8 @@ def _title(cells: Sequence[Record]) -> str:
 
 def _gaps(cells: Sequence[Record]) -> list[float | None]:
     """gray_box minus white_box of each cell's setting, percentage points."""
-    held = {(r.gap_key, tuple(r.stages.items()), r.access): r.robust_accuracy for r in cells if r.status == "done"}
+    sound = [r for r in cells if r.status == "done" and not unreliable(r.flags)]
+    held = {(r.gap_key, tuple(r.stages.items()), r.access): r.robust_accuracy for r in sound}
     gaps = []
     for r in cells:
         gray, white = (held.get((r.gap_key, tuple(r.stages.items()), a)) for a in ("gray_box", "white_box"))
@@ -100,17 +104,24 @@ def _gaps(cells: Sequence[Record]) -> list[float | None]:
 def _row(r: Record, gap: float | None) -> dict[str, Any]:
     """Short names: ten thousand of them are in the page."""
     failed = r.status == "failed"
+    doubtful = [] if failed else [flag for flag in r.flags if unreliable([flag])]
+
+    def attacked(value: float | None) -> float | None:
+        return None if doubtful else _share(value)
+
     return {
         "c": [
             r.dataset, r.classifier, r.defense, r.attack, r.norm, _number(r.eps), r.access, r.seed,
             "targeted" if r.targeted else "untargeted", r.variant, r.n, _share(r.clean_accuracy),
-            _share(r.clean_accuracy_defended), _share(r.robust_accuracy), gap, _share(r.attack_success_rate),
-            _number(r.distance_median), _number(r.attack_ms_per_image), _number(r.defense_ms_per_image), r.flags,
+            _share(r.clean_accuracy_defended), attacked(r.robust_accuracy), gap, attacked(r.attack_success_rate),
+            _number(r.distance_median), _number(r.attack_ms_per_image), _number(r.defense_ms_per_image),
+            _number(r.defense_memory_mib), r.flags,
         ],
         "eps": format_eps(r.eps),
-        "low": _share(r.robust_accuracy_low),
-        "high": _share(r.robust_accuracy_high),
-        "bare": _share(r.robust_accuracy_bare),
+        "low": attacked(r.robust_accuracy_low),
+        "high": attacked(r.robust_accuracy_high),
+        "unreliable": doubtful,
+        "hollow": _share(r.robust_accuracy) if doubtful else None,  # where its marker stands on the curve
         "failed": failed,
         "why": " ".join(r.reason.split()),
         "key": r.key,

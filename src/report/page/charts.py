@@ -41,8 +41,14 @@ def specs(accesses: list[str]) -> dict[str, _Spec]:
         "cost": _scatter(
             _field("cost", "defended forward pass (ms per image, log)", scale={"type": "log"}),
             _field("robust", "robust accuracy (%)", **_PERCENT),
-            [("ms per image", "cost"), ("attack, ms per image", "attack_ms"), ("robust", "robust_text")],
+            [
+                ("ms per image", "cost"),
+                ("attack, ms per image", "attack_ms"),
+                ("memory, MiB", "memory"),
+                ("robust", "robust_text"),
+            ],
             by_access=True,
+            sized=True,
         ),
     }
 
@@ -85,6 +91,7 @@ def _curves(accesses: list[str]) -> _Spec:
         "legend": {"title": "access", "orient": "bottom"},
     }  # fmt: skip
     shared = {"x": x, "color": _COLOR, "detail": {"field": "path"}}
+    tooltip = _tooltip(("series", "series"), ("eps", "eps"), ("accuracy", "text"), ("images", "n"), ("flags", "flags"))
     return {
         "width": "container",
         "height": 380,
@@ -107,15 +114,26 @@ def _curves(accesses: list[str]) -> _Spec:
                 "encoding": {**shared, "y": _field("accuracy", "accuracy (%)", **_PERCENT),
                              "shape": {**_SHAPE, "legend": None},
                              "opacity": _FADE,
-                             "tooltip": _tooltip(("series", "series"), ("eps", "eps"), ("accuracy", "text"),
-                                                 ("images", "n"), ("flags", "flags"))},
+                             "tooltip": tooltip},
+            },
+            {
+                "transform": [{"filter": "datum.hollow !== null"}],
+                "mark": {"type": "point", "filled": False, "fill": "white", "size": 70, "strokeWidth": 1.6},
+                "encoding": {**shared, "y": _field("hollow", "", **_PERCENT), "shape": {**_SHAPE, "legend": None},
+                             "opacity": _FADE, "tooltip": tooltip},
             },
         ],
     }  # fmt: skip
 
 
 def _scatter(
-    x: _Spec, y: _Spec, fields: list[tuple[str, str]], *, diagonal: bool = False, by_access: bool = False
+    x: _Spec,
+    y: _Spec,
+    fields: list[tuple[str, str]],
+    *,
+    diagonal: bool = False,
+    by_access: bool = False,
+    sized: bool = False,
 ) -> _Spec:
     named = [("defense", "defense"), ("setting", "setting"), ("eps", "eps"), ("access", "access"), ("flags", "flags")]
     shape = {"field": "access", "type": "nominal", "legend": {"title": "access", "orient": "bottom"}}
@@ -128,6 +146,8 @@ def _scatter(
             "tooltip": _tooltip(*(pair for pair in named if by_access or pair[0] != "access"), *fields),
         },
     }  # fmt: skip
+    if sized:  # the page gives each point its area; not every record knows its memory
+        points["encoding"]["size"] = {"field": "area", "type": "quantitative", "scale": None}
     line: _Spec = {
         "data": {"values": [{"a": 0}, {"a": 100}]},
         "mark": {"type": "line", "color": "#999999", "strokeDash": [3, 3], "strokeWidth": 1},

@@ -22,13 +22,14 @@ document.getElementById("same").textContent = same.length ? `In every row: ${sam
 const short = (number) => (Math.abs(number) >= 1000 || (number !== 0 && Math.abs(number) < 0.001) ? number.toExponential(1) : String(+number.toPrecision(3)));
 const percent = (number) => (number === null ? "–" : number.toFixed(1));
 const chip = (flag) => `<span class="flag" tabindex="0" data-tip="${escape(flags[flag] ?? "")}">${escape(flag)}</span>`;
-const robustText = (row) => `${percent(value(row, "robust"))} [${percent(row.low)}, ${percent(row.high)}]`;
+const robustText = (row) => row.unreliable.length ? "unreliable" : `${percent(value(row, "robust"))} [${percent(row.low)}, ${percent(row.high)}]`;
 
 function shown(row, column, place) {
   const cell = row.c[place];
   if (column.kind === "flags") return row.c[place].map(chip).join("") + (row.why ? `<span data-tip="${escape(row.why)}" tabindex="0">${escape(row.why.length > 70 ? `${row.why.slice(0, 69)}…` : row.why)}</span>` : "");
   if (column.kind === "radius") return escape(row.eps);
   if (column.name === "robust" && row.failed) return `<span tabindex="0" data-tip="${escape(row.why)}">failed</span>`;
+  if (column.name === "robust" && row.unreliable.length) return `<span class="unreliable" tabindex="0" data-tip="${escape(row.unreliable.map((flag) => `${flag}: ${flags[flag] ?? ""}`).join(" "))}">unreliable</span>`;
   if (cell === null) return "–";
   if (column.name === "robust") return `${percent(cell)} <span class="interval">[${percent(row.low)}, ${percent(row.high)}]</span>`;
   if (column.kind === "share") return percent(cell);
@@ -48,6 +49,7 @@ const table = new DataTable("#cells", {
     render: (_, kind, row) => {
       if (kind === "display") return shown(row, column, place);
       if (column.kind === "flags") return [...row.c[place], row.why].join(" ");
+      if (kind === "filter" && column.name === "robust" && row.unreliable.length) return "unreliable";
       if (kind === "filter") return column.kind === "radius" ? row.eps : row.c[place] ?? "";
       return row.c[place] ?? (numeric(column.kind) ? -Infinity : "");
     },
@@ -191,10 +193,10 @@ function lines(cells) {
     if (!started.has(series) && value(row, "clean") !== null) {
       started.add(series);
       const [low, high] = wilson(value(row, "clean"), n);
-      points.push({ ...common, x: 0, eps: "0 (clean)", accuracy: value(row, "clean"), low, high, flags: "", text: `${percent(value(row, "clean"))} [${percent(low)}, ${percent(high)}]` });
+      points.push({ ...common, x: 0, eps: "0 (clean)", accuracy: value(row, "clean"), hollow: null, low, high, flags: "", text: `${percent(value(row, "clean"))} [${percent(low)}, ${percent(high)}]` });
     }
-    // An infinite eps is not joined to the line.
-    points.push({ ...common, path: eps === Infinity ? `${series} infinite` : series, x: eps === Infinity ? edge * 1.2 : eps, eps: row.eps, accuracy: value(row, "robust"), low: row.low, high: row.high, flags: value(row, "flags").join(", "), text: robustText(row) });
+    // An infinite eps is not joined to the line; what is unreliable leaves a gap in it.
+    points.push({ ...common, path: eps === Infinity ? `${series} infinite` : series, x: eps === Infinity ? edge * 1.2 : eps, eps: row.eps, accuracy: value(row, "robust"), hollow: row.hollow, low: row.low, high: row.high, flags: value(row, "flags").join(", "), text: robustText(row) });
   }
   const ticks = [0, ...new Set(radii), ...(infinite ? [edge * 1.2] : [])].sort((a, b) => a - b);
   return { points, ticks, edge: infinite ? edge : 0 };
@@ -212,10 +214,13 @@ async function drawCurves(left) {
   const x_title = `eps (${norm}${norm === "l0" ? ", pixels changed" : ", pixels in [0, 1]"})`;
   await show("curves", points, { edge, ticks, x_title });
   const counts = [...new Set(cells.map((row) => value(row, "n")))].join(", ");
-  document.getElementById("curves-caption").textContent = cells.length ? `n = ${counts} test images; bands are 95 % Wilson intervals; eps = 0 is the clean accuracy. Threat model: ${value(cells[0], "attack")}, ${value(cells[0], "aim")}, ${norm}. Drag to move, shift and wheel to zoom, double-click to reset.` : "No cell left by the filters.";
+  document.getElementById("curves-caption").textContent = cells.length ? `n = ${counts} test images; bands are 95 % Wilson intervals; eps = 0 is the clean accuracy. Threat model: ${value(cells[0], "attack")}, ${value(cells[0], "aim")}, ${norm}. ${cells.some((row) => row.unreliable.length) ? "Hollow, not joined: unreliable. " : ""}Drag to move, shift and wheel to zoom, double-click to reset.` : "No cell left by the filters.";
 }
 
-async function drawScatters(left) {
+async function drawScatters(all) {
+  const left = all.filter((row) => !row.unreliable.length);
+  const doubtful = all.length - left.length;
+  document.getElementById("left-out").textContent = doubtful ? `Left out of these charts: ${doubtful} unreliable cell${doubtful > 1 ? "s" : ""}.` : "";
   const common = (row) => ({ defense: value(row, "defense"), setting: settingOf(row), eps: row.eps, access: value(row, "access"), flags: value(row, "flags").join(", ") });
   const pairs = new Map();
   for (const row of left) {
@@ -226,16 +231,24 @@ async function drawScatters(left) {
   await show("gray_white", both.map(({ gray_box: gray, white_box: white }) => ({
     ...common(white), gray: value(gray, "robust"), white: value(white, "robust"), gray_text: robustText(gray), white_text: robustText(white), gap: (value(gray, "robust") - value(white, "robust")).toFixed(1),
   })));
-  const each = left.map((row) => ({ ...common(row), clean: value(row, "clean"), robust: value(row, "robust"), robust_text: robustText(row), cost: value(row, "defense ms"), attack_ms: value(row, "attack ms") }));
+  const each = left.map((row) => ({ ...common(row), clean: value(row, "clean"), robust: value(row, "robust"), robust_text: robustText(row), cost: value(row, "defense ms"), attack_ms: value(row, "attack ms"), memory: value(row, "memory MiB") }));
   await show("clean_robust", each);
-  await show("cost", each.filter((row) => row.cost > 0));
+  const timed = each.filter((row) => row.cost > 0);
+  const sizes = timed.map((row) => row.memory).filter((memory) => memory > 0);
+  const [least, most] = [Math.min(...sizes), Math.max(...sizes)];
+  // By the logarithm: a small network and a search through a generator are a thousandfold apart.
+  const area = (memory) => (memory > 0 ? 40 + (most > least ? (360 * Math.log(memory / least)) / Math.log(most / least) : 60) : 12);
+  const unknown = sizes.length < timed.length ? " Dots: memory not recorded." : "";
+  const sentence = most > least ? `The larger the mark, the more memory it takes (${short(least)} to ${short(most)} MiB, logarithmic).` : `Memory: ${short(most)} MiB.`;
+  document.getElementById("cost-memory").textContent = sizes.length ? sentence + unknown : "";
+  await show("cost", timed.map((row) => ({ ...row, area: sizes.length ? area(row.memory) : 55 })));
 }
 
 let waiting = 0;
 function redraw() {
   clearTimeout(waiting);
   waiting = setTimeout(async () => {
-    const left = table.rows({ search: "applied" }).data().toArray().filter((row) => !row.failed && value(row, "robust") !== null);
+    const left = table.rows({ search: "applied" }).data().toArray().filter((row) => !row.failed && (row.unreliable.length || value(row, "robust") !== null));
     await drawCurves(left);
     await drawScatters(left);
     document.body.dataset.drawn = String(left.length);
