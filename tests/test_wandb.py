@@ -24,7 +24,7 @@ from tests.test_tracking import read_run
 
 
 def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outcome]) -> None:
-    words = ["+debug=quick", "attack=fgsm", "defense=jpeg", "threat.eps=[0.1,0.2]"]
+    words = ["+debug=quick", "attack=fgsm", "defense=jpeg", "threat.eps=[0.2,0.3]"]  # at 0.1 gray_box is the stronger
     assert command(*words, "logger.tags=[mine]", "hydra.run.dir=a").code == 0
     folder = command(*words, "hydra.run.dir=b").folder
     assert not list((folder / "b").glob("wandb/*run-*")), "every cell was found: no empty run"
@@ -33,14 +33,14 @@ def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outco
     assert set(found.tags) == {"mine", "digits", "cnn3", "jpeg", "fgsm", "gray_box", "white_box"}
     assert found.config["seed"] == 0
     assert found.config["cell"]["defense"] == "jpeg"
-    assert [row["eps"] for row in found.history if "robust/white_box" in row] == [0.1, 0.2]
+    assert [row["eps"] for row in found.history if "robust/white_box" in row] == [0.2, 0.3]
     assert [row for row in found.history if "classifier/train_loss" in row], "the classifier was trained here"
-    assert found.summary["largest_eps/white_box"] == found.summary["robust_accuracy/white_box/eps_0.2"]
+    assert found.summary["largest_eps/white_box"] == found.summary["robust_accuracy/white_box/eps_0.3"]
     assert len(found.tables["results"]["data"]) == 4
     assert {path.name.split("_")[0] for path in run.glob("files/media/images/*.png")} >= {"pictures", "robustness"}
 
     # A third eps: one cell more of another config, whose classifier was trained by the job before.
-    command(*words[:3], "threat.eps=0.3", "hydra.run.dir=c")
+    command(*words[:3], "threat.eps=0.25", "hydra.run.dir=c")
     (other,) = (folder / "c").glob("wandb/offline-run-*")
     assert [row for row in read_run(other).history if "classifier/train_loss" in row], (
         "its curves are told all the same"
