@@ -42,10 +42,11 @@ def scene(bench: Bench, radii: tuple[float, ...]) -> Scene:
     def attacked(
         access: str, images: Tensor, labels: Tensor, eps: float, steps: int | None = None, exhaust: bool | None = None
     ) -> Any:
-        elsewhere = access in ("gray_box", "transfer")  # what another model is shown has to go beyond the boundary
+        # What another model is shown, or another draw of this one, has to go beyond the boundary.
+        beyond = access in ("gray_box", "transfer") or defended.stochastic
         threat = ThreatModel(
             norm=job.norm, eps=eps, targeted=job.threat.targeted, quantize=job.threat.quantize,
-            exhaust=elsewhere if exhaust is None else exhaust,
+            exhaust=beyond if exhaust is None else exhaust,
         )  # fmt: skip
         chosen = attack
         if steps is not None:

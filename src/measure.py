@@ -94,7 +94,9 @@ class Bench:
 
     def _threat(self, eps: float) -> ThreatModel:
         job = self.job.threat
-        return ThreatModel(norm=self.job.norm, eps=eps, targeted=job.targeted, quantize=job.quantize)
+        # What one draw of a random defense gets wrong the next may get right: no image is done when it is turned once.
+        on = self.subject.defended.stochastic and not self.attack.minimal
+        return ThreatModel(norm=self.job.norm, eps=eps, targeted=job.targeted, quantize=job.quantize, exhaust=on)
 
     def _found(self, path: Path) -> Record | None:
         if not path.exists():

@@ -173,7 +173,7 @@ def test_a_stochastic_defense_is_drawn_again(command: Command) -> None:
         command(
             *QUIET, "limit.epochs=3", "limit.test_images=100", "defense=smoothing", "defense.votes=1",
             "defense.certify_images=0", "defense.sigma=0.2", "threat.eps=0.1", "threat.access=white_box",
-            "attack.steps=3", "eot_draws=2", "checks=full",
+            "attack.steps=10", "eot_draws=2", "checks=full",
         )
     )  # fmt: skip
     (run,) = outcome.runs()
@@ -182,4 +182,5 @@ def test_a_stochastic_defense_is_drawn_again(command: Command) -> None:
     assert len(set(record.robust_accuracy_redraws)) > 1
     assert max(abs(value - record.robust_accuracy) for value in record.robust_accuracy_redraws) < 0.2
     assert record.checks["redraws_disagree"] > 0
+    assert "one_step_stronger" not in record.flags, "an image that one draw gets wrong is attacked on"
     assert "## Over redraws" in (run / "results.md").read_text()
