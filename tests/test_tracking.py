@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +103,16 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
+    """What W&B wrote of a run that is over; its last record may come some moments after the run was closed."""
+    for _ in range(100):
+        run = read_so_far(folder)
+        if run.exit is not None:
+            break
+        time.sleep(0.2)
+    return run
+
+
+def read_so_far(folder: Path) -> Run:
     """The record stream of a run: W&B's own messages, in LevelDB's log format after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
@@ -112,6 +123,8 @@ def read_run(folder: Path) -> Run:
             place += 32768 - place % 32768
             continue
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + size > len(data):
+            break  # it is being written
         parts += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind not in (1, 4):  # a whole record, or the last part of one
