@@ -156,17 +156,19 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="folder with MNIST; without it digits only")
     parser.add_argument("--alone", type=int, default=6, help="cells to run one by one")
     parser.add_argument("--images", type=int, help="test images; default all of digits, 1,000 of MNIST")
+    parser.add_argument("--epochs", type=int, help="of each training at most; fewer make the cache look worse")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "sweep" in options.parts:
+            short = [f"limit.epochs={options.epochs}"] if options.epochs else []
             images = [f"limit.test_images={options.images}"] if options.images else []
-            sweep(folder, "digits", [*QUIET, *images], options.alone, options.seed)
+            sweep(folder, "digits", [*QUIET, *short, *images], options.alone, options.seed)
             if options.root:
                 more = ["dataset=mnist", "classifier=lenet", f"paths.data={options.root.absolute()}"]
                 limit = f"limit.test_images={options.images or 1000}"
-                sweep(folder, "mnist", [*QUIET, *more, limit], options.alone, options.seed)
+                sweep(folder, "mnist", [*QUIET, *short, *more, limit], options.alone, options.seed)
         if "plan" in options.parts:
             plan(folder)
         if "table" in options.parts:
