@@ -18,13 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection
 
 from src.errors import UserError
 
 PATIENCE = 300.0  # seconds that the nodes wait for one another at the start
 _RANKS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")  # by hand, by torchrun, by srun, in Lightning's order
 _GONE = "has gone; it said why, or was killed"
-_peers: dict[int, socket.socket] = {}  # by node: node 0 has all the others, another one has node 0
+_peers: dict[int, Connection] = {}  # by node: node 0 has all the others, another one has node 0
 
 
 def join(arguments: Sequence[str]) -> bool:
@@ -79,7 +80,7 @@ def together(work: Callable[[], None], count: int) -> None:
     order = pickle.dumps((os.environ["MASTER_PORT"], work))
     for node, peer in _peers.items():
         try:
-            _say(peer, order)
+            peer.send_bytes(order)
         except OSError:
             raise UserError(f"node {node}: {_GONE}") from None
     _beside(work)
@@ -89,9 +90,9 @@ def _beside(work: Callable[[], None]) -> None:
     """Do ``work`` while the peers do it. Who fails tells the others: theirs would wait for its processes."""
     over, heard = threading.Event(), list[str]()
 
-    def listen(node: int, peer: socket.socket) -> None:
+    def listen(node: int, peer: Connection) -> None:
         try:
-            said = _hear(peer).decode()
+            said = peer.recv_bytes().decode()
         except (OSError, EOFError):
             said = _GONE
         if said:
@@ -117,7 +118,7 @@ def _beside(work: Callable[[], None]) -> None:
         over.set()
         for peer in _peers.values():
             with suppress(OSError):
-                _say(peer, said.encode())
+                peer.send_bytes(said.encode())
         for ear in ears if said != "interrupted" else ():
             ear.join()  # what they say now belongs to this work, not to the next
 
@@ -139,7 +140,7 @@ def _follow(mine: int, host: str, port: int) -> None:
             time.sleep(1)
     print(f"node {mine}: works for node 0, which writes everything", flush=True)
     try:
-        while order := _hear(_peers[0]):
+        while order := _peers[0].recv_bytes():
 
             def work(order: bytes = order) -> None:
                 os.environ["MASTER_PORT"], todo = pickle.loads(order)
@@ -192,41 +193,24 @@ def _assemble(host: str, port: int, count: int) -> None:
                     _peers[came] = _opened(connection)
 
 
-def _opened(connection: socket.socket) -> socket.socket:
+def _opened(connection: socket.socket) -> Connection:
     """From a host without power comes no end of a connection either: let the system ask whether it is there."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return connection
-
-
-def _say(peer: socket.socket, message: bytes) -> None:
-    peer.sendall(b"%020d" % len(message) + message)
-
-
-def _hear(peer: socket.socket) -> bytes:
-    return _exactly(peer, int(_exactly(peer, 20)))
-
-
-def _exactly(peer: socket.socket, count: int) -> bytes:
-    message = bytearray()
-    while len(message) < count:
-        if not (part := peer.recv(min(count - len(message), 2**20))):
-            raise EOFError
-        message += part
-    return bytes(message)
+    return Connection(connection.detach())
 
 
 def _dismiss() -> None:
     for peer in _peers.values():
         with suppress(OSError):
-            _say(peer, b"")
+            peer.send_bytes(b"")
 
 
 def _close() -> None:
     """In a forked process: through it the connection would outlive this one."""
     for peer in _peers.values():
         with suppress(OSError):
-            os.close(peer.fileno())
+            peer.close()
