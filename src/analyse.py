@@ -54,7 +54,7 @@ def scene(bench: Bench, radii: tuple[float, ...]) -> Scene:
             setattr(chosen, "steps", steps)  # noqa: B010 (not every attack has it: the caller has asked)
         generator = torch.Generator(images.device).manual_seed(seed_of(job.seed, 0))
         torch.manual_seed(job.seed)
-        return chosen(targets[access], images, labels, threat, generator=generator, search=bench.search)
+        return chosen(targets[access], images, labels, threat, generator=generator, search=bench.images.search)
 
     images, labels = _images(bench)
     if job.norm not in attack.norms:

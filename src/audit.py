@@ -95,7 +95,7 @@ def audit(options: argparse.Namespace) -> str:
     first, _ = pipeline.prepare(job, names, stages, NoTracker())
     defended = first.subject.defended
     attack = options.attack or _attack(defended.gradient, defended.stochastic)
-    access = "[white_box]" if first.bare else "[gray_box,white_box]"
+    access = "[white_box]" if first.images.bare else "[gray_box,white_box]"
     out = options.out or Path("outputs") / f"audit-{datetime.now():%Y-%m-%d-%H-%M-%S}"
 
     records = []

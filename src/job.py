@@ -93,9 +93,10 @@ def _plan(job: config.Job, names: dict[str, str]) -> None:
 
 def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
-    from src import pipeline, report, tables
+    from src import pipeline, report
     from src.checks.across import across
     from src.subject import Names
+    from src.terminal import print_table
     from src.tracking import NoTracker, relog
 
     done += pipeline.recall(job, Names(**names), out)
@@ -121,7 +122,7 @@ def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Recor
         if type(tracker) is not NoTracker:
             relog.log_job(tracker, done, settings, [path for path in written if path.suffix == ".png"])
     if not in_sweep:
-        tables.print_table(done)
+        print_table(done)
         print("\nWritten:")
         wandb_runs = sorted((out / "wandb").glob("*run-*"))
         for path in [out / "records", *written, *wandb_runs]:

@@ -25,11 +25,12 @@ MAY_IMPORT = {
     "checks": {"attacks", "data", "defenses", "threat", "errors", "keys", "records", "uncertainty", "checks"},
     "uncertainty": {"records"},
     "tables": {"records", "checks"},
+    "terminal": {"records", "tables"},
     "sidecars": {"records"},
     "worst": {"records", "sidecars", "checks"},
     "frame": {"records", "checks", "sidecars", "worst", "errors"},
     "report": {"records", "sidecars", "worst", "frame", "tables", "uncertainty", "checks", "errors", "analysis"}
-    | {"report", "tracking"},
+    | {"report", "terminal", "tracking"},
     "tracking": {"records", "keys", "worst", "frame", "errors", "analysis", "checks", "tracking"},
     "analysis": {"records", "sidecars", "tables", "checks", "errors", "analysis"},
     "data": {"threat", "errors", "records", "data"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "attacks": {"threat", "errors", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
     "callbacks": {"attacks", "checks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config"}
-    | {"plan", "sweep"},
+    | {"plan", "sweep", "terminal", "callbacks"},
 }
 
 

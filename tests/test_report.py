@@ -22,6 +22,7 @@ from src.callbacks import results_table
 from src.errors import UserError
 from src.records import Record
 from src.report.__main__ import main
+from src.terminal import print_table
 
 FIRST = [  # the columns others may rely on, in this order
     "dataset", "classifier", "defense", "attack", "norm", "eps", "access", "seed", "n", "clean_accuracy",
@@ -69,7 +70,7 @@ def sidecar(record: Record, folder: Path, *, purifies: bool = True, channels: in
 
 def printed(records: list[Record], width: int = 80, terminal: bool = False) -> str:
     text = io.StringIO()
-    tables.print_table(records, Console(file=text, width=width, force_terminal=terminal, color_system=None))
+    print_table(records, Console(file=text, width=width, force_terminal=terminal, color_system=None))
     return text.getvalue()
 
 

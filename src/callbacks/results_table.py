@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
+from src.callbacks.compose_once import compose_once
+
 if TYPE_CHECKING:  # a callback is built for every command, also for --cfg job: nothing heavy at import
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
@@ -25,7 +27,6 @@ if TYPE_CHECKING:  # a callback is built for every command, also for --cfg job: 
 
 log = logging.getLogger(__name__)
 SHOWN = 1000  # cells printed at most; the files have all
-KEPT = 200  # composed configs of jobs that are kept until they run, about a quarter of a MiB each
 _JOB = "job-"  # how the keys of failed jobs begin; those of cells are hashes
 
 
@@ -90,34 +91,11 @@ class ResultsTable(Callback):
             raise SystemExit(1)
 
 
-def compose_once(config: DictConfig) -> None:
-    """Hydra composes each job twice, a tenth of a second each: to see that it can, then to run it. Keep the first."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    hydra = config.hydra
-    if not (hydra.sweeper._target_.endswith(".BasicSweeper") and hydra.launcher._target_.endswith(".BasicLauncher")):
-        return  # other launchers compose in their own processes
-    loader = GlobalHydra.instance().config_loader()
-    compose, kept, seen = loader.load_sweep_config, dict[tuple[str, ...], Any](), set[tuple[str, ...]]()
-
-    def load(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        key = tuple(sweep_overrides)
-        if key in kept:
-            return kept.pop(key)
-        made = compose(master_config, sweep_overrides)
-        if key not in seen and len(seen) < KEPT:  # of two jobs that are the same each gets a config of its own
-            seen.add(key)
-            kept[key] = made
-        return made
-
-    vars(loader)["load_sweep_config"] = load
-
-
 def gather(config: DictConfig) -> int:
     """Do all of the above for a finished sweep and return how many cells failed."""
     from src.checks.across import across
     from src.report import write_report
-    from src.tables import print_table
+    from src.terminal import print_table
 
     sweep = Path(config.hydra.sweep.dir)
     records, problems = collect(sweep)

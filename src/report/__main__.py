@@ -47,7 +47,7 @@ def _report(words: Sequence[str]) -> int:
     if options.rows:
         written = _pivot(options, cells, out)
     else:
-        from src.tables import print_table
+        from src.terminal import print_table
 
         print_table(cells)
         written = write_all(cells, options.paths, out)
