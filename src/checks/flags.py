@@ -31,13 +31,12 @@ FLAGS: dict[str, Flag] = {
     "noise_stronger": Flag(says="random noise does more harm than the attack"),
     # of the attack
     "unbounded_holds": Flag(says="the model holds where every pixel may take any value: the attack fails", limit=0.2),
-    "steps_short": Flag(says="twice the steps do more harm", decisive=False, full=True),
-    "restarts_short": Flag(says="twice the restarts do more harm", decisive=False, full=True),
+    "steps_short": Flag(says="twice the steps do more harm", limit=0.03, decisive=False, full=True),
+    "restarts_short": Flag(says="twice the restarts do more harm", limit=0.03, decisive=False, full=True),
     "loss_rising": Flag(says="the loss still rises when the attack stops", limit=0.1, decisive=False, full=True),
     "members_left_out": Flag(says="attacks of the ensemble that need gradients could not be used", decisive=False),
     # of the model
     "gradient_missing": Flag(says="the gradient is zero, NaN or the same at all pixels", limit=0.1),
-    # Not decisive: kinks (median filters, networks trained against large radii) also make finite differences disagree.
     "gradient_untrue": Flag(
         says="the gradient declared exact is not what finite differences say", limit=0.25, decisive=False
     ),

@@ -15,6 +15,7 @@ SATURATED = -70.0  # log of the probability left to the other classes: e^-70 tim
 STEP = 5e-4  # of finite differences, in [0, 1] pixels: larger meets the kinks of ReLUs, smaller float32's rounding
 ALONE = 16  # images shown one by one
 DRAWS = 4
+POINTS = 8  # of a way, at which its gradient is taken
 
 
 def gradient_missing(look: Look) -> float | None:
@@ -29,21 +30,30 @@ def gradient_missing(look: Look) -> float | None:
 
 
 def gradient_untrue(look: Look) -> float | None:
-    """Share of the images along whose gradient the margin changes by less than half or more than twice what it says."""
+    """Share of the images along whose gradient the margin changes otherwise than the gradients on the way say.
+
+    They are averaged over the way, so that a kink is no fault: at one point a true gradient knows one of its sides.
+    """
     if not (look.by_gradient and look.exact and look.slope is not None):
         return None
     middle = look.images.clamp(STEP, 1 - STEP)
-    look.seeded()
-    slope = gradient(look.target, middle, look.labels, look.threat, margin)[1].nan_to_num()
-    if look.threat.targeted:
-        slope = -slope
+    slope = _ascent(look, middle)
     drawn = torch.rand(middle.shape, generator=torch.Generator().manual_seed(look.seed)).to(middle.device) - 0.5
-    way = torch.where(slope == 0, drawn.sign(), slope.sign())  # where it says nothing, any way should change nothing
-    values = [_margin(look, middle + sign * STEP * way) for sign in (1, -1)]
-    true, told = (values[0] - values[1]) / (2 * STEP), slope.abs().flatten(1).sum(dim=1)
-    rounding = 1e-6 * _margin(look, middle).abs().clamp_min(1) / STEP
-    agrees = ((true >= 0.5 * told) & (true <= 2 * told)) | ((true - told).abs() <= 4 * rounding)
-    return _share(~agrees)
+    way = STEP * torch.where(slope == 0, drawn.sign(), slope.sign())  # where it says nothing nothing should change
+    true = _margin(look, middle + way) - _margin(look, middle - way)
+    places = torch.linspace(-1, 1, 2 * POINTS + 1)[1::2].tolist()  # the middles of equal parts
+    slopes = torch.stack([_ascent(look, middle + place * way) for place in places]).mean(dim=0)
+    told = (slopes * 2 * way).flatten(1).sum(dim=1)
+    rounding = 4e-6 * _margin(look, middle).abs().clamp_min(1)
+    off = (true - told).abs()
+    return _share(off > (torch.maximum(true.abs(), told.abs()) / 2).clamp_min(rounding))
+
+
+def _ascent(look: Look, images: Tensor) -> Tensor:
+    """Gradient of the margin; ``nan`` counts as none."""
+    look.seeded()
+    slope = gradient(look.target, images, look.labels, look.threat, margin)[1].nan_to_num()
+    return -slope if look.threat.targeted else slope
 
 
 @torch.no_grad()
