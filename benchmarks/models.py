@@ -13,9 +13,10 @@ import inspect
 import io
 import logging
 import math
+import statistics
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Reference(Peer):
             model,
             norm=norm,
             eps=threat.eps if math.isfinite(threat.eps) else 1e10,
-            seed=0,
+            seed=int(torch.randint(2**31, ())),
             device=x.device,
             version=self.name if whole else "custom",
             attacks=None if whole else [self.name],
@@ -193,6 +194,7 @@ def score(
     minimal: bool,
     batch: int = 250,
     search: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Score | str:
     """Attack all images, ``batch`` at a time; a text says why there is no score.
 
@@ -201,7 +203,7 @@ def score(
     threat = ThreatModel(norm=norm, eps=math.inf if minimal else eps)
     within = eps + ThreatModel(norm=norm, eps=eps).slack
     distances, turned, forwards = [], [], 0
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     try:
         for images, labels in zip(on.images.split(batch), on.labels.split(batch), strict=True):
@@ -223,6 +225,17 @@ def score(
         images=len(on.images),
         forwards=forwards,
     )
+
+
+def mean(scores: list[Score | str]) -> Score | str:
+    """Of several seeds; a text where one of them has no score."""
+    found = [each for each in scores if isinstance(each, Score)]
+    if len(found) < len(scores):
+        return next(each for each in scores if isinstance(each, str))
+    accuracy, median, seconds = (
+        statistics.fmean(getattr(each, name) for each in found) for name in ("accuracy", "median", "seconds")
+    )
+    return replace(found[0], accuracy=accuracy, median=median, seconds=seconds)
 
 
 @contextlib.contextmanager

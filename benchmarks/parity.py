@@ -25,12 +25,14 @@ from benchmarks.models import (
     earlier,
     installed,
     markdown,
+    mean,
     ours,
     peer,
     score,
     subject,
     theirs,
 )
+from src.attacks.base import Attack
 from src.errors import UserError
 
 OUT = Path(__file__).parent / "parity.md"
@@ -190,11 +192,16 @@ def title(row: Row) -> tuple[str, str, str]:
     return " ".join([name, *(part.removeprefix("attack.") for part in rest)]), row.norm, f"{row.eps:g}"
 
 
-def compare(row: Row, on: Subject) -> list[str]:
+def compare(row: Row, on: Subject, seeds: int) -> list[str]:
     """One line of the table."""
     on = on.first(row.images)
+
+    def taken(attack: Attack) -> Score | str:
+        run = range(seeds)
+        return mean([score(attack, on, row.norm, row.eps, minimal=row.minimal, seed=seed) for seed in run])
+
     try:
-        mine = score(ours(row.choice), on, row.norm, row.eps, minimal=row.minimal)
+        mine = taken(ours(row.choice))
     except UserError as error:
         mine = str(error)
     cells, others = {}, []
@@ -202,10 +209,11 @@ def compare(row: Row, on: Subject) -> list[str]:
         if not installed(peering.library):
             cells[peering.library] = "not installed"
             continue
-        other = score(theirs(peering), on, row.norm, row.eps, minimal=row.minimal)
+        other = taken(theirs(peering))
         others.append(other)
         cells[peering.library] = cell(other, row.minimal)
-    start = [*title(row), str(on.tested), cell(mine, row.minimal)]
+    images = f"{on.tested} x {seeds}" if seeds > 1 else str(on.tested)
+    start = [*title(row), images, cell(mine, row.minimal)]
     return [*start, *(cells.get(library, "no such attack") for library in LIBRARIES), verdict(mine, others, row)]
 
 
@@ -226,7 +234,8 @@ def main() -> None:
     options.add_argument("--artifacts", default="artifacts", help="where the trained lenet is found, or put")
     options.add_argument("--weights", help="weights of your own for the lenet instead")
     options.add_argument("--images", type=int, default=1000, help="first so many test images")
-    options.add_argument("--only", nargs="+", help="attacks to compare; the others are left out")
+    options.add_argument("--seeds", type=int, default=1, help="how often each attack is run; means are compared")
+    options.add_argument("--only", nargs="+", help="rows to take, by words of them: apgd, 'apgd l1'")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--out", type=Path, default=OUT)
     given = options.parse_args()
@@ -237,15 +246,16 @@ def main() -> None:
     lines = earlier(given.out) if given.only else {}
     about = (
         f"# Parity: {on.name}\n\n"
-        "Made by `make bench-parity`, a row on the first so many test images. A cell is robust accuracy at eps (and "
-        "seconds); for attacks that minimise, the median distance follows it.\n"
+        "Made by `make bench-parity`, a row on the first so many test images (x seeds, of which the mean stands). A "
+        "cell is robust accuracy at eps (and seconds); for attacks that minimise, the median distance follows it.\n"
         "Reference: the published AutoAttack as the package pyautoattack. "
         f"Versions: torch {torch.__version__}, {versions()}.\n\n"
     )
     for row in ROWS:
-        if given.only and row.choice.split()[0] not in given.only:
+        words = " ".join(title(row)).split()
+        if given.only and not any(set(only.split()) <= set(words) for only in given.only):
             continue
-        lines[title(row)] = compare(row, on)
+        lines[title(row)] = compare(row, on, given.seeds)
         print(" | ".join(lines[title(row)]), flush=True)
         given.out.write_text(about + markdown(head, [lines[title(r)] for r in ROWS if title(r) in lines]))
 
