@@ -62,8 +62,8 @@ def train(folder: Path, *arguments: str) -> Cost:
 
 
 def start_up(folder: Path) -> Cost:
-    """Imports alone, as every run of the command has them."""
-    return run(folder, "-c", f"import {', '.join(IMPORTS)}")
+    """Imports alone, as every run of the command has them; the second time, when the files are in memory."""
+    return [run(folder, "-c", f"import {', '.join(IMPORTS)}") for _ in range(2)][-1]
 
 
 def sweep(folder: Path, dataset: str, base: Sequence[str], alone: int, seed: int) -> None:

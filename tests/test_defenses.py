@@ -43,7 +43,9 @@ def guarded(defense: Defense, classifier: nn.Module) -> DefendedModel:
     defended = defense.guard(classifier).eval()
     if defended.rejects:
         with torch.no_grad():
-            defended.set_thresholds(torch.tensor([[0.0], [1e3]]).expand(-1, len(defended.detections)))
+            defended.set_thresholds(
+                torch.tensor([[0.0], [1e3]]).expand(-1, sum(each.columns for each in defended.detections))
+            )
     return defended
 
 

@@ -40,13 +40,15 @@ def _replaced(images: Tensor, *, value: ImageMap, stand_in: ImageMap) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """A score of suspicion, ``(B, C, H, W) → (B,)``, higher for attacked images.
+    """Scores of suspicion, ``(B, C, H, W) → (B,)`` or ``(B, columns)``, higher for attacked images.
 
     Attributes:
+        columns: scores an image gets, each with a threshold of its own: what they have in common is computed once.
         threshold: images that score more are rejected; None: set on clean validation images.
     """
 
     score: ImageMap
+    columns: int = 1
     threshold: float | None = None
 
 
@@ -144,8 +146,8 @@ class DefendedModel(LightningModule):
         return logits, [each.score(images) for each in self._first] + scores
 
     def scores(self, images: Tensor) -> Tensor:
-        """What each detection says: ``(B, detections)``."""
-        return torch.stack(self._observed(images)[1], dim=1)
+        """What the detections say: ``(B, columns)`` of all of them."""
+        return _beside(self._observed(images)[1])
 
     def suspicion(self, images: Tensor) -> Tensor:
         """The detections as one figure, ``(B,)``: over 1 is rejected."""
@@ -156,7 +158,7 @@ class DefendedModel(LightningModule):
             raise RuntimeError(
                 "the thresholds of this defense are not set: call set_thresholds with scores of clean validation images"
             )
-        told = torch.stack(scores, dim=1).float()
+        told = _beside(scores).float()
         zero, unit, limit = (self.frozen[name].to(told.device) for name in ("zero", "unit", "limit"))
         return ((told - zero) / unit).amax(dim=1) / limit
 
@@ -192,15 +194,15 @@ class DefendedModel(LightningModule):
         return counts + mean  # the mean probability breaks ties
 
     def set_thresholds(self, clean: Tensor) -> dict[str, Tensor]:
-        """Set the thresholds from the scores of clean validation images ``(N, detections)``.
+        """Set the thresholds from the scores of clean validation images ``(N, columns)``.
 
-        Each detection is put on a scale where its median is 0 and its own threshold 1; an image is rejected by the
+        Each column is put on a scale where its median is 0 and its own threshold 1; an image is rejected by the
         largest of them, at the value that leaves at most ``fpr`` of the clean images above it. A threshold given by
         the user stands as it is, and then nothing is adjusted to ``fpr``.
         """
         middle = clean.median(dim=0).values
         reach = (_quantile(clean, 1 - self.fpr) - middle).clamp_min(1e-12)
-        given = [each.threshold for each in self.detections]
+        given = [each.threshold for each in self.detections for _ in range(each.columns)]
         edge = torch.stack(
             [m + r if t is None else m.new_tensor(t) for m, r, t in zip(middle, reach, given, strict=True)]
         )
@@ -267,6 +269,10 @@ class _Adaptive(nn.Module):
         # most in its gradient. Taken over log-probabilities so that a confident draw does not underflow.
         each = logits.float().log_softmax(dim=1).view(self.draws, len(images), -1)
         return each.logsumexp(dim=0) - math.log(self.draws)
+
+
+def _beside(scores: list[Tensor]) -> Tensor:
+    return torch.cat([each.view(len(each), -1) for each in scores], dim=1)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

@@ -78,34 +78,39 @@ class MagNet(Defense):
         return self.reformer(images).float().sigmoid()
 
     def guard(self, classifier: nn.Module) -> DefendedModel:
-        scores: list[Callable[[Tensor], Tensor]] = []
-        for kind in self.detectors:
-            if kind == "jsd":
-                scores += [
-                    partial(self.divergence, classify=answers(classifier), temperature=t) for t in self.temperatures
-                ]
-            else:
-                scores.append(partial(self.error, order=1 if kind == "l1" else 2))
+        columns = sum(len(self.temperatures) if kind == "jsd" else 1 for kind in self.detectors)
+        score = partial(self.scores, classify=answers(classifier))
         return DefendedModel(
             classifier=classifier,
             defense=self,
             purify=self.reconstruct if self.reform else None,
-            detections=[Detection(score=score) for score in scores],
+            detections=[Detection(score=score, columns=columns)] if columns else [],
             fpr=self.fpr,
         )
 
-    def error(self, images: Tensor, order: int) -> Tensor:
-        """Mean absolute (1) or squared (2) error of the reconstruction, ``(B,)``."""
-        network = self.plain if order == 1 else self.reformer
-        return (images - network(images).float().sigmoid()).abs().pow(order).mean(dim=(1, 2, 3))
+    def scores(self, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the detectors say, in their order: ``(B, columns)``, one for each error and each temperature."""
+        again = self.reconstruct(images)
+        columns = []
+        for kind in self.detectors:
+            if kind == "jsd":
+                columns += self._divergences(classify(torch.cat([images, again])).float())
+            elif kind == "l2":
+                columns.append((images - again).square().mean(dim=(1, 2, 3)))
+            else:
+                plain = again if self.plain is self.reformer else self.plain(images).float().sigmoid()
+                columns.append((images - plain).abs().mean(dim=(1, 2, 3)))
+        return torch.stack(columns, dim=1)
 
-    def divergence(self, images: Tensor, classify: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
-        """Jensen-Shannon divergence between the answers to the images and to their reconstructions, ``(B,)``, nats."""
-        both = classify(torch.cat([images, self.reconstruct(images)])).float() / temperature
-        given, again = both.log_softmax(dim=1).chunk(2)
-        middle = torch.logaddexp(given, again) - math.log(2)
-        parts = [F.kl_div(middle, each, log_target=True, reduction="none").sum(dim=1) for each in (given, again)]
-        return (parts[0] + parts[1]) / 2
+    def _divergences(self, both: Tensor) -> list[Tensor]:
+        """Jensen-Shannon divergence of the answers to images and to their reconstructions, ``(B,)`` each, nats."""
+        found = []
+        for temperature in self.temperatures:
+            given, again = (both / temperature).log_softmax(dim=1).chunk(2)
+            middle = torch.logaddexp(given, again) - math.log(2)
+            parts = [F.kl_div(middle, each, log_target=True, reduction="none").sum(dim=1) for each in (given, again)]
+            found.append((parts[0] + parts[1]) / 2)
+        return found
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         images = batch["image"]
