@@ -88,7 +88,7 @@ def _by_network(on: str, breaks: float, goals: dict[str, float]) -> Iterator[Rac
         peer("torchattacks", "JSMA", theta=1.0, gamma=0.145),
         peer("art", "SaliencyMapMethod", theta=1.0, gamma=0.145),
     )
-    yield Race("JSMA", "jsma", on, "l0", 30, goals["jsma"], saliency, minimal=True, images=40)
+    yield Race("JSMA", "jsma", on, "l0", 30, goals["jsma"], saliency, minimal=True, images=300)
     pixels = (peer("art", "PixelAttack", max_iter=10),)
     mine = "one_pixel attack.generations=10"
     yield Race("one_pixel, candidates", mine, on, "l0", 1, goals["one_pixel"], pixels, images=20, candidates=True)

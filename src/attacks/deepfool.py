@@ -14,6 +14,7 @@ from src.attacks.minimal import TINY, dual_size, nearest_boundary, settle
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
+MORE_AT_FIRST = 2  # contenders of the first step, which knows their logits but not yet the sizes of their gradients
 NUDGE = 1e-6  # of each step, in [0, 1] pixels: off a boundary that the image stands on
 STRIDE = 1e-3  # of each step, in distances from the clean image: clipping makes steps fall short by a share, so that
 # boundaries are neared ever more slowly and 3 % of MNIST was never turned
@@ -31,13 +32,13 @@ class DeepFool(Attack):
         steps: most linearisations of one image.
         overshoot: share by which each step goes beyond the boundary it aims at.
         candidates: classes considered, the image's own included: those with the largest logits at the clean image.
-        contenders: of the candidates, those whose gradients are computed after the first step; None: all.
+        contenders: of the candidates, those whose gradients are computed at a step, two more at the first; None: all.
         batch_size: most images times classes in one backward pass; bounds the memory.
 
     Shapes: images ``(B, C, H, W)`` in [0, 1], labels ``(B,)``.
 
-    Where ours departs from the paper: after the first step only the contenders with the nearest boundaries, by their
-    present logits and the sizes their gradients had when last seen, are linearised anew; images are clipped to [0, 1]
+    Where ours departs from the paper: only the contenders with the nearest boundaries, by their present logits and the
+    sizes their gradients had when last seen, are linearised; images are clipped to [0, 1]
     after every step; a step is longer by a thousandth of the way come so far (the authors' code: by 1e-4), which gets
     an image across a boundary; images that have turned leave before their gradients are asked for.
 
@@ -77,11 +78,11 @@ class DeepFool(Attack):
         sizes = torch.ones_like(others, dtype=x.dtype)  # dual sizes of the slopes, as last seen
         for step in range(self.steps):
             own = y[todo, None]
-            chosen = torch.arange(others.shape[1], device=x.device).expand_as(others)
-            if step:  # only the classes that seem nearest
-                gaps = logits.gather(1, others) - logits.gather(1, own)
-                few = min(self.contenders or others.shape[1], others.shape[1])
-                chosen = (gaps.abs() / sizes.clamp_min(TINY)).topk(few, dim=1, largest=False).indices
+            gaps = logits.gather(1, others) - logits.gather(1, own)
+            few = others.shape[1]
+            if self.contenders is not None:
+                few = min(few, self.contenders + (0 if step else MORE_AT_FIRST))
+            chosen = (gaps.abs() / sizes.clamp_min(TINY)).topk(few, dim=1, largest=False).indices
             toward = others.gather(1, chosen)
             gap, slope, size = nearest_boundary(
                 model.of(todo), current, toward, own.expand_as(toward), threat.norm, batch_size=self.batch_size

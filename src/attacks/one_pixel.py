@@ -65,7 +65,7 @@ class OnePixel(Attack):
         weight: tuple[Weight, Weight] = (0.5, 1.0),
         crossover: Annotated[float, Field(ge=0, le=1)] = 1.0,
         pixels: PositiveInt = 100,
-        batch_size: PositiveInt = 1024,
+        batch_size: PositiveInt = 256,
     ) -> None:
         self.population = population
         self.generations = generations
