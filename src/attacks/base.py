@@ -46,12 +46,14 @@ class Attack(ABC):
         needs: what of the model it cannot do without: ``gradient``, ``scores`` (logits) or ``labels`` (their argmax).
         minimal: searches the smallest change instead of filling a budget, so that one run answers every eps.
         can_target: whether it has a targeted mode.
+        against_rejection: made for models that reject; an ensemble spares others this member.
     """
 
     norms: ClassVar[frozenset[Norm]]
     needs: ClassVar[Literal["gradient", "scores", "labels"]] = "gradient"
     minimal: ClassVar[bool] = False
     can_target: ClassVar[bool] = True
+    against_rejection: ClassVar[bool] = False
 
     @final
     def __call__(

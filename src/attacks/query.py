@@ -56,6 +56,20 @@ class Query:
         return torch.arange(len(self.forward_passes)) if self._rows is None else self._rows
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._folded(self._answer(x))
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the classes alone, and by how much the refusal leads over them, ``(B,)``: rejected where over 0.
+
+        None in its place where the model rejects nothing.
+        """
+        logits = self._answer(x)
+        if not self.rejects:
+            return logits, None
+        classes = logits[:, :-1]
+        return classes, logits[:, -1] - classes.amax(dim=1)
+
+    def _answer(self, x: Tensor) -> Tensor:
         # Convolutions of few channels run up to twice as fast in this layout; a plain .contiguous() does not set it
         # where there is one channel.
         x = x.clone(memory_format=torch.channels_last)
@@ -64,7 +78,7 @@ class Query:
         self._count(self.forward_passes, len(x))
         if logits.requires_grad:
             logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
-        return self._folded(logits.float())
+        return logits.float()
 
     @torch.no_grad()
     def verdict(self, x: Tensor) -> Tensor:

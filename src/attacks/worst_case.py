@@ -29,7 +29,8 @@ class WorstCase(Ensemble):
             turned is spared the others, which is faster and gives the same verdicts where members draw no random
             numbers.
 
-    A model that declares that it lets no gradient through (``differentiable`` is false) meets the other members only.
+    A model that declares that it lets no gradient through (``differentiable`` is false) meets the other members only,
+    and one that rejects nothing is spared those ``against_rejection``.
 
     Example::
 
@@ -55,7 +56,11 @@ class WorstCase(Ensemble):
         )
 
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
-        members = [each for each in self.members.values() if model.differentiable or each.needs != "gradient"]
+        members = [
+            each
+            for each in self.members.values()
+            if (model.differentiable or each.needs != "gradient") and (model.rejects or not each.against_rejection)
+        ]
         for member in members:
             member.check(threat.norm, targeted=threat.targeted)
         return self.in_turn(members, model, x, y, threat, generator, all_images=self.all_images)
