@@ -25,8 +25,8 @@ class OrthogonalPGD(Attack):
     Orthogonal Projected Gradient Descent", https://arxiv.org/abs/2106.15023
 
     While an image is classified right it climbs along the classifier's margin, and once it is not along the detector's
-    acceptance; each time without the part of that direction which goes against the other. An attack on one sum of both
-    is held up where they are at odds: it ends rejected, or right.
+    acceptance. As long as it is rejected, the part of either direction that goes against the other is left out. An
+    attack on one sum of both is held up where they are at odds: it ends rejected, or right.
 
     Norms: linf, l2. Untargeted and targeted. On a model that rejects nothing it climbs the margin, with steps that
     shrink; an ensemble spares such a model this member.
@@ -95,9 +95,11 @@ class OrthogonalPGD(Attack):
             return _unit(toward), turned
         (away,) = torch.autograd.grad(-lead.sum(), current)
         toward, away = _unit(toward), _unit(away)
+        rejected = (lead > 0).detach()
         odds = (toward * away).flatten(1).sum(dim=1).clamp_max(0).view(-1, 1, 1, 1)
-        way = torch.where(turned.view(-1, 1, 1, 1), away - odds * toward, toward - odds * away)
-        return _unit(way), turned & (lead <= 0).detach()
+        past_class = torch.where(rejected.view(-1, 1, 1, 1), toward - odds * away, toward)
+        way = torch.where(turned.view(-1, 1, 1, 1), away - odds * toward, past_class)
+        return _unit(way), turned & ~rejected
 
 
 def _unit(slope: Tensor) -> Tensor:
