@@ -77,5 +77,7 @@ class Checked:
 
     def _left_out(self, access: Access) -> dict[str, float]:
         closed = self.subject.defended.gradient == "none" if access is Access.WHITE_BOX else access is Access.BLACK_BOX
-        left = attack_checks.members_left_out(self.images.attack) if closed else None
+        if not closed:
+            return {}
+        left = attack_checks.members_left_out(self.images.attack, rejects=self.subject.defended.rejects)
         return {} if left is None else {"members_left_out": left}

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from src import records, tables
+from src.attacks.orthogonal_pgd import OrthogonalPGD
 from src.attacks.pgd import PGD
+from src.attacks.square import Square
+from src.attacks.worst_case import WorstCase
 from src.checks import attack as attack_checks
 from src.checks import probe
 from src.checks.across import CHECKS, across
@@ -184,3 +187,9 @@ def test_a_stochastic_defense_is_drawn_again(command: Command) -> None:
     assert record.checks["redraws_disagree"] > 0
     assert "one_step_stronger" not in record.flags, "an image that one draw gets wrong is attacked on"
     assert "## Over redraws" in (run / "results.md").read_text()
+
+
+def test_an_attack_against_rejection_is_missed_only_where_something_rejects() -> None:
+    both = WorstCase(members={"orthogonal": OrthogonalPGD(), "square": Square()})
+    assert attack_checks.members_left_out(both) == 0
+    assert attack_checks.members_left_out(both, rejects=True) == 1

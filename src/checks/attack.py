@@ -113,10 +113,15 @@ def loss_path(look: Look) -> tuple[Tensor, Tensor]:
     return torch.stack(kept) if kept else torch.empty(0, len(images)), ~made.success.cpu()
 
 
-def members_left_out(attack: Attack) -> float | None:
-    """How many attacks of an ensemble cannot be used on a model that gives no gradient."""
+def members_left_out(attack: Attack, *, rejects: bool = False) -> float | None:
+    """How many attacks of an ensemble cannot be used on a model that gives no gradient.
+
+    Those against rejection count where the model ``rejects``; elsewhere nobody misses them.
+    """
     members = getattr(attack, "members", None)
-    return float(sum(each.needs == "gradient" for each in members.values())) if isinstance(members, dict) else None
+    if not isinstance(members, dict):
+        return None
+    return float(sum(each.needs == "gradient" and (rejects or not each.against_rejection) for each in members.values()))
 
 
 class Watched(nn.Module):
