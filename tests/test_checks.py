@@ -17,10 +17,12 @@ from src.attacks.pgd import PGD
 from src.attacks.square import Square
 from src.attacks.worst_case import WorstCase
 from src.checks import attack as attack_checks
+from src.checks import data as data_checks
 from src.checks import probe
 from src.checks.across import CHECKS, across
 from src.checks.flags import FLAGS, raised, unreliable
 from src.checks.look import Look
+from src.data.digits import Digits
 from tests.conftest import ROOT, Outcome
 from tests.planted import LINF, PLANTED, SOUND, cell, seen, trained
 from tests.test_pipeline import QUIET, ok
@@ -193,3 +195,12 @@ def test_an_attack_against_rejection_is_missed_only_where_something_rejects() ->
     both = WorstCase(members={"orthogonal": OrthogonalPGD(), "square": Square()})
     assert attack_checks.members_left_out(both) == 0
     assert attack_checks.members_left_out(both, rejects=True) == 1
+
+
+def test_validation_images_are_judged_without_being_their_own_doubles() -> None:
+    """A sweep of hyperparameters is judged by them, and an unreliable cell gives it no objective."""
+    data = Digits()
+    data.judge_on_validation()
+    assert data_checks.test_in_training(data, full=False) == 0
+    data.train.images[:5] = data.test.images[:5]
+    assert data_checks.test_in_training(data, full=False) == 5 / len(data.test)

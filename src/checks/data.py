@@ -18,13 +18,15 @@ CHUNK = 512
 def test_in_training(data: ImageDataModule, *, full: bool) -> float | None:
     """Share of the test images that are, pixel for pixel, among those trained on or chosen by.
 
+    With ``split=validation`` those judged are those chosen by, and the figure is of those trained on.
+
     Args:
         full: read sets that lie on disk as well, which takes as long as decoding them.
     """
-    splits = (data.train, data.val, data.test)
-    if not full and any(isinstance(split.images, ImageSource) for split in splits):
+    known = (data.train,) if data.on_validation else (data.train, data.val)
+    if not full and any(isinstance(split.images, ImageSource) for split in (*known, data.test)):
         return None
-    seen = {digest for split in splits[:2] for digest in _digests(split)}
+    seen = {digest for split in known for digest in _digests(split)}
     found = [digest in seen for digest in _digests(data.test)]
     return sum(found) / len(found)
 

@@ -84,6 +84,7 @@ class ImageDataModule(LightningDataModule, ABC):
         super().__init__()
         self.root = root
         self.validation = validation
+        self.on_validation = False  # whether validation images stand for the test images
         self.seed = seed
         self.memory_limit_gib = memory_limit_gib
         self.workers = workers
@@ -153,7 +154,7 @@ class ImageDataModule(LightningDataModule, ABC):
     def judge_on_validation(self) -> None:
         """Let the validation images stand for the test images: choosing by test images would spoil their figures."""
         self.prepare()
-        self.test = self.val.take(slice(0, self.limit_test))
+        self.test, self.on_validation = self.val.take(slice(0, self.limit_test)), True
         self.fingerprint = fingerprint((), "validation", self.train_fingerprint, self.limit_test)
 
     def setup(self, stage: str | None = None) -> None:
