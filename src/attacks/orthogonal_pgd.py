@@ -10,12 +10,10 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from src.attacks.base import Attack, fooled
-from src.attacks.gradients import margin
+from src.attacks.gradients import margin, steepest
 from src.attacks.query import Query
 from src.errors import UserError
 from src.threat import Norm, ThreatModel
-
-TINY = 1e-12
 
 
 class OrthogonalPGD(Attack):
@@ -92,17 +90,11 @@ class OrthogonalPGD(Attack):
         turned = fooled(logits.detach(), y, threat)
         (toward,) = torch.autograd.grad(gain.sum(), current, retain_graph=lead is not None)
         if lead is None:
-            return _unit(toward), turned
+            return steepest(toward, Norm.L2), turned
         (away,) = torch.autograd.grad(-lead.sum(), current)
-        toward, away = _unit(toward), _unit(away)
+        toward, away = steepest(toward, Norm.L2), steepest(away, Norm.L2)
         rejected = (lead > 0).detach()
         odds = (toward * away).flatten(1).sum(dim=1).clamp_max(0).view(-1, 1, 1, 1)
         past_class = torch.where(rejected.view(-1, 1, 1, 1), toward - odds * away, toward)
         way = torch.where(turned.view(-1, 1, 1, 1), away - odds * toward, past_class)
-        return _unit(way), turned & ~rejected
-
-
-def _unit(slope: Tensor) -> Tensor:
-    """Of Euclidean length one for each image; scaled first, since small gradients underflow when squared."""
-    scaled = slope / slope.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
-    return scaled / torch.linalg.vector_norm(scaled.flatten(1), dim=1).clamp_min(TINY).view(-1, 1, 1, 1)
+        return steepest(way, Norm.L2), turned & ~rejected
