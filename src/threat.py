@@ -141,14 +141,31 @@ class ThreatModel:
         return (clean + delta).clamp(0.0, 1.0)
 
     def to_8_bit(self, clean: Tensor, images: Tensor) -> Tensor:
-        """Images on the grid of 8-bit pixels; where rounding would leave the budget, rounded toward ``clean``."""
+        """Images on the grid of 8-bit pixels; where rounding would leave the budget, rounded toward ``clean``.
+
+        For l1 and l2 only as many values as it takes, first those that rounding away had moved farthest.
+        """
         saved = (images * 255).round() / 255
         if not math.isfinite(self.eps):
             return saved
         toward = clean + ((images - clean) * 255).trunc() / 255
         toward = (toward * 255).round() / 255
+        if self.norm is Norm.LINF:
+            return torch.where((saved - clean).abs() > self.eps + self.slack, toward, saved)
         over = self.distance(clean, saved) > self.eps + self.slack
-        return torch.where(over.view(-1, 1, 1, 1), toward, saved)
+        if self.norm is Norm.L0 or not bool(over.any()):
+            return torch.where(over.view(-1, 1, 1, 1), toward, saved)
+        power = 1 if self.norm is Norm.L1 else 2
+        before, after = ((each - clean).abs().flatten(1) ** power for each in (saved, toward))
+        moved = (saved - images).abs().flatten(1).masked_fill(before <= after, -1.0)
+        order = moved.argsort(dim=1, descending=True)
+        spared = (before - after).gather(1, order).cumsum(dim=1)
+        lacking = before.sum(dim=1, keepdim=True) - self.eps**power
+        first = torch.searchsorted(spared, lacking.clamp_min(0))  # how many values have to give way
+        giving = torch.zeros_like(before, dtype=torch.bool).scatter(
+            1, order, torch.arange(before.shape[1], device=clean.device) <= first
+        )
+        return torch.where(giving.view_as(saved) & over.view(-1, 1, 1, 1), toward, saved)
 
     @property
     def slack(self) -> float:

@@ -135,8 +135,7 @@ class APGD(Attack):
         """The second classes of the targeted ratio, one run each."""
         if self.loss == "ce" or (self.loss == "dlr" and not threat.targeted):
             return [None]
-        with torch.no_grad():
-            logits = model(x).scatter(1, y[:, None], -torch.inf)
+        logits = model.clean(x).scatter(1, y[:, None], -torch.inf)
         count = 1 if threat.targeted else min(self.target_classes, logits.shape[1] - 1)
         return list(logits.topk(count, dim=1).indices.T)
 

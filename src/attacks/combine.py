@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -11,10 +12,12 @@ import torch
 from pydantic import ConfigDict, ValidationError, validate_call
 from torch import Tensor
 
-from src.attacks.base import Attack
+from src.attacks.base import Attack, lead
 from src.attacks.query import Query
 from src.errors import UserError
 from src.threat import ThreatModel
+
+SURE = 3.0  # lead of the goal's logit at which its odds are 20 to 1
 
 
 class Ensemble(Attack):
@@ -34,27 +37,36 @@ class Ensemble(Attack):
         """For each image the nearest that met the goal, else what the first member made of it.
 
         Each member is judged as if it stood alone: after rounding to 8 bits where the threat asks for it, without what
-        a minimal-norm attack found beyond the budget, in float32.
+        a minimal-norm attack found beyond the budget, in float32. Images meant for another model, or for other draws of
+        a random one (``threat.exhaust``), are those in which the goal leads by most, and one is spared the members
+        that follow only when its goal is all but certain.
 
         Args:
             all_images: let every member have all images; false: only those that no member before it has turned.
         """
         result, rows = x.clone(), torch.arange(len(x), device=x.device)
-        nearest = torch.full((len(x),), torch.inf, device=x.device)
+        by_lead = threat.exhaust and math.isfinite(threat.eps)
+        best = torch.full((len(x),), -torch.inf, device=x.device)
         for turn, member in enumerate(members):
             clean, goal = x[rows], y[rows]
-            made, prediction = member._made(model.of(rows), clean, goal, threat, generator)
-            hit = prediction == goal if threat.targeted else prediction != goal
-            distance = torch.where(hit, threat.distance(clean, made), torch.inf)
-            better = distance < nearest[rows]
-            taken = better | ~hit if turn == 0 else better
+            made, logits = member._made(model.of(rows), clean, goal, threat, generator)
+            ahead = lead(logits, goal, threat)
+            merit = ahead if by_lead else torch.where(ahead > 0, -threat.distance(clean, made), -torch.inf)
+            better = merit > best[rows]
+            taken = better | (best[rows] == -torch.inf) if turn == 0 else better
             result[rows] = torch.where(taken.view(-1, 1, 1, 1), made, result[rows])
-            nearest[rows] = torch.where(better, distance, nearest[rows])
+            best[rows] = torch.where(better, merit, best[rows])
             if not all_images:
-                rows = rows[~hit]
+                rows = rows[ahead <= (SURE if by_lead else 0)]
                 if not len(rows):
                     break
         return result
+
+    def _made(
+        self, model: Query, clean: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        # The members have already searched again where bfloat16 deceived them.
+        return self._searched(model, clean, y, threat, generator)
 
 
 def attacks_of(members: object) -> dict[str, Attack]:

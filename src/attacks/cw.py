@@ -9,9 +9,9 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from src.attacks.base import Attack
+from src.attacks.base import Attack, lead
 from src.attacks.gradients import gradient, margin
-from src.attacks.minimal import TINY, Nearest, dual_size, settle, shorten
+from src.attacks.minimal import TINY, Nearest, dual_size, shorten
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
@@ -124,18 +124,17 @@ class CW(Attack):
             for _ in range(min(look, self.steps - int(search.age.max()))):
                 loss = self._step(view, clean, goal, start, search, nearest, threat)
             self._next_c(search, loss)
-        found = settle(model, x, nearest.images, y, threat)
 
         def holds(logits: Tensor, rows: Tensor) -> Tensor:
-            return self._lead(logits, y[rows], threat) > self.confidence
+            return lead(logits, y[rows], threat) > self.confidence
 
-        return shorten(model, x, found, holds, passes=self.shorten)
+        return shorten(model, x, nearest.images, holds, passes=self.shorten)
 
     def _scales(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
         """The first c and learning rate of each image ``(B,)``, exact where the classifier is linear."""
         logits, slope = gradient(model, x, y, threat, margin)
         size = dual_size(slope, Norm.L2).clamp_min(TINY)
-        gap = (self.confidence - self._lead(logits, y, threat)).clamp_min(TINY)
+        gap = (self.confidence - lead(logits, y, threat)).clamp_min(TINY)
         distance = (gap / size).clamp_max(math.sqrt(x[0].numel()))
         # A step moves a value by the rate times 2x(1 - x), which is nothing at the ends of the box.
         reach = dual_size(2 * x * (1 - x), Norm.L2).clamp_min(1e-3 * math.sqrt(x[0].numel()))
@@ -156,12 +155,12 @@ class CW(Attack):
         images = torch.sigmoid(2 * (anchor + search.shift))  # (tanh + 1) / 2
         change = images - x
         logits, slope = gradient(model, images, y, threat, margin)
-        lead = self._lead(logits, y, threat)
+        ahead = lead(logits, y, threat)
         squared = change.square().flatten(1).sum(dim=1)
-        hit = lead > self.confidence
+        hit = ahead > self.confidence
         nearest.offer(search.rows, images, squared.sqrt(), hit)
         search.worked |= hit
-        loss = squared + search.c * (self.confidence - lead).clamp_min(0)
+        loss = squared + search.c * (self.confidence - ahead).clamp_min(0)
 
         pull = torch.where(hit, 0.0, search.c).view(-1, 1, 1, 1)
         descent = (2 * change - pull * slope) * (2 * images * (1 - images))
@@ -172,11 +171,6 @@ class CW(Attack):
         spread = (search.square / (1 - DECAY_SQUARE**search.age).view(-1, 1, 1, 1)).sqrt_().add_(SMALLEST)
         search.shift.sub_(rate * search.mean / spread)
         return loss
-
-    @staticmethod
-    def _lead(logits: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
-        """By how much the wanted logit leads, negative as long as it does not."""
-        return -margin(logits, y) if threat.targeted else margin(logits, y)
 
     def _next_c(self, search: _Search, loss: Tensor) -> None:
         """Give the images that are through with their c the next one; drop those that are through with all."""

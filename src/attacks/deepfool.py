@@ -10,11 +10,11 @@ from torch import Tensor
 
 from src.attacks.base import Attack, fooled
 from src.attacks.gradients import steepest
-from src.attacks.minimal import TINY, dual_size, nearest_boundary, settle
+from src.attacks.minimal import TINY, dual_size, nearest_boundary
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
-MORE_AT_FIRST = 2  # contenders of the first step, which knows their logits but not yet the sizes of their gradients
+MORE_AT_FIRST = 1  # contenders of the first step, which knows their logits but not yet the sizes of their gradients
 NUDGE = 1e-6  # of each step, in [0, 1] pixels: off a boundary that the image stands on
 STRIDE = 1e-3  # of each step, in distances from the clean image: clipping makes steps fall short by a share, so that
 # boundaries are neared ever more slowly and 3 % of MNIST was never turned
@@ -32,7 +32,7 @@ class DeepFool(Attack):
         steps: most linearisations of one image.
         overshoot: share by which each step goes beyond the boundary it aims at.
         candidates: classes considered, the image's own included: those with the largest logits at the clean image.
-        contenders: of the candidates, those whose gradients are computed at a step, two more at the first; None: all.
+        contenders: of the candidates, those whose gradients are computed at a step, one more at the first; None: all.
         batch_size: most images times classes in one backward pass; bounds the memory.
 
     Shapes: images ``(B, C, H, W)`` in [0, 1], labels ``(B,)``.
@@ -58,7 +58,7 @@ class DeepFool(Attack):
         steps: PositiveInt = 50,
         overshoot: NonNegativeFloat = 0.02,
         candidates: Annotated[int, Field(ge=2)] = 10,
-        contenders: PositiveInt | None = 3,
+        contenders: PositiveInt | None = 2,
         batch_size: PositiveInt = 1024,
     ) -> None:
         self.steps = steps
@@ -69,8 +69,7 @@ class DeepFool(Attack):
 
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         result, todo, current = x.clone(), torch.arange(len(x), device=x.device), x
-        with torch.no_grad():
-            logits = model.of(todo, torch.float32)(x)
+        logits = model.clean(x)
         ranked = logits.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True)
         others = ranked[:, : min(self.candidates, logits.shape[1]) - 1]
         if not others.shape[1]:
@@ -100,4 +99,4 @@ class DeepFool(Attack):
                 break
             todo, current, logits = todo[keep], current[keep], logits[keep]
             others, sizes = others[keep], sizes[keep]
-        return settle(model, x, result, y, threat)
+        return result

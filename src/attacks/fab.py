@@ -88,8 +88,7 @@ class FAB(Attack):
         """Classes ``(B, K)`` to go toward, one entry for each search; None: to the target, away from what leads."""
         if threat.targeted:
             return [None]
-        with torch.no_grad():
-            ranked = model(x).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True)[:, :-1]
+        ranked = model.clean(x).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True)[:, :-1]
         if not ranked.shape[1]:
             return []  # a single class has no boundary
         return list(torch.split(ranked[:, : self.target_classes], 1, dim=1)) if self.target_classes else [ranked]
@@ -108,7 +107,8 @@ class FAB(Attack):
         todo, current = torch.arange(len(x), device=x.device), start
         for _ in range(self.steps):
             if self.stop_at_eps:
-                left = nearest.distance[todo] > threat.eps
+                found = nearest.distance[todo].isfinite()  # eps may be infinite: one search for every eps
+                left = ~found | (nearest.distance[todo] > threat.eps)
                 todo, current = todo[left], current[left]
                 if not len(todo):
                     return

@@ -124,11 +124,11 @@ class HopSkipJump(Attack):
             noise = _noise(x.shape[1:], draws).to(x.device)
             for one in noise[: self.starts - tried]:
                 todo = (~found).nonzero().flatten()
+                if not len(todo):
+                    return
                 for rows in torch.split(todo, self.batch_size):
                     hit = fooled(model.of(rows)(one.expand(len(rows), -1, -1, -1)), y[rows], threat)
                     start[rows[hit]], found[rows[hit]] = one, True
-                if not len(todo):
-                    return
 
     def _from_batch(
         self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, start: Tensor, found: Tensor

@@ -72,8 +72,7 @@ class JSMA(Attack):
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         budget, target = self._budget(x, threat), y
         if not threat.targeted:
-            with torch.no_grad():
-                logits = model(x)
+            logits = model.clean(x)
             if logits.shape[1] < 2:
                 return x
             target = logits.scatter(1, y[:, None], -torch.inf).argmax(dim=1)
@@ -81,8 +80,9 @@ class JSMA(Attack):
         result, todo, current = x.clone(), torch.arange(len(x), device=x.device), x
         while len(todo):
             current = current.detach().requires_grad_()
-            logits = model.of(todo)(current)
-            hit = self._turned(model, logits, current, y, todo, threat)
+            view = model.of(todo)
+            logits = view(current)
+            hit = _turned(view, logits.detach(), current.detach(), y[todo], threat)
             result[todo[hit]] = current[hit].detach()
             # All that the map needs of the Jacobian: the target's row, and that of the others together.
             wanted = target[todo, None]
@@ -90,7 +90,7 @@ class JSMA(Attack):
             if self.others == "softmax":
                 share = logits.detach().scatter(1, wanted, -torch.inf).softmax(dim=1)
             outputs = torch.cat([logits.gather(1, wanted), (share * logits).sum(dim=1, keepdim=True)], dim=1)
-            own, rest = (sign * slopes(model.of(todo), outputs, current)).flatten(2)
+            own, rest = (sign * slopes(view, outputs, current)).flatten(2)
             values = current.detach().flatten(1)
             free = values < 1 if sign > 0 else values > 0
             chosen, any_ = self.pick(_scaled(own, free), _scaled(-rest, free))
@@ -105,15 +105,19 @@ class JSMA(Attack):
             return threat.eps
         return self.max_pixels or math.ceil(0.145 * x.shape[2] * x.shape[3])
 
-    @staticmethod
-    def _turned(model: Query, logits: Tensor, current: Tensor, y: Tensor, todo: Tensor, threat: ThreatModel) -> Tensor:
-        """Which images are done; where the search is coarser than float32, asked again in float32."""
-        hit = fooled(logits, y[todo], threat)
-        if model.search is not torch.float32 and bool(hit.any()):
-            with torch.no_grad():
-                exact = model.of(todo[hit], torch.float32)(current[hit])
-            hit[hit.clone()] = fooled(exact, y[todo[hit]], threat)
-        return hit
+
+def _turned(model: Query, logits: Tensor, images: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """Which images have the goal ``(B,)``; where the search is coarser than float32, those are asked again in it.
+
+    Args:
+        model: a view of these images, that gave ``logits`` for them.
+    """
+    hit = fooled(logits, y, threat)
+    if model.search is not torch.float32 and bool(hit.any()):
+        with torch.no_grad():
+            exact = model.of(hit, torch.float32)(images[hit])
+        hit[hit.clone()] = fooled(exact, y[hit], threat)
+    return hit
 
 
 def _scaled(slope: Tensor, free: Tensor) -> Tensor:

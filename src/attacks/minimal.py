@@ -1,4 +1,4 @@
-"""What searches for the smallest change share: slopes of many logits at once, the best image found, a last check."""
+"""What searches for the smallest change share: slopes of many logits at once, the best image found, a bisection."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.attacks.base import fooled
 from src.attacks.query import Query
 from src.errors import UserError
-from src.threat import Norm, ThreatModel
+from src.threat import Norm
 
 TINY = 1e-12
 
@@ -117,26 +116,6 @@ def _nearest(
         best_slope = torch.where(closer.view(-1, 1, 1, 1), slope[chosen, images], best_slope)
         sizes.append(size.T)
     return best_gap, best_slope, torch.cat(sizes, dim=1)
-
-
-@torch.no_grad()
-def settle(model: Query, x: Tensor, found: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
-    """``found``, pushed on along the same change where it is not adversarial when seen again, in float32.
-
-    An image right behind the boundary can fall back when it is computed in a batch of another size, and one that a
-    bfloat16 search brought there does so as often as not. A change up to a sixth longer mends most of them.
-    """
-    result, rows = found.clone(), torch.arange(len(x), device=x.device)
-    for push in (0.0, 1e-4, 1e-3, 0.01, 0.02, 0.04, 0.08, 0.16):
-        further = (x[rows] + (1 + push) * (found[rows] - x[rows])).clamp(0, 1) if push else found
-        hit = fooled(model.of(rows, torch.float32)(further), y[rows], threat)
-        if push:
-            result[rows[hit]] = further[hit]
-        left = ~hit & (found[rows] != x[rows]).flatten(1).any(dim=1)
-        rows = rows[left]
-        if not len(rows):
-            break
-    return result
 
 
 @torch.no_grad()

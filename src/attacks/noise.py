@@ -63,7 +63,7 @@ class Noise(Attack):
         if threat.norm is Norm.L0:
             batch, _, height, width = x.shape
             order = torch.rand(batch, height * width, generator=generator).argsort(dim=1).to(x.device)
-            chosen = (order < threat.radius(x)).view(batch, 1, height, width)
+            chosen = (order < int(threat.radius(x))).view(batch, 1, height, width)
             new = (noise + 1) / 2 if self.kind == "uniform" else x + noise
             return torch.where(chosen, new.clamp(0.0, 1.0), x)
         if threat.norm is not Norm.LINF:

@@ -85,8 +85,7 @@ class PGD(Attack):
         """The classes that the targeted ratio compares the target with: those of the clean images."""
         if not (threat.targeted and self.loss is dlr):
             return None
-        with torch.no_grad():
-            return model(x).argmax(dim=1)
+        return model.clean(x).argmax(dim=1)
 
     def _ascend(
         self,

@@ -39,14 +39,17 @@ class Query:
         self.differentiable = bool(getattr(model, "differentiable", True))
         self.goal: Tensor | None = None  # class of each image to leave, or to reach when `targeted`
         self.targeted = False
+        self._clean: Tensor | None = None  # what the model answers to the clean images, in float32, where it was asked
         self._rows: Tensor | None = None  # None: all of them, in order
+        self._layouts = _Layouts()
 
     def of(self, rows: Tensor, search: torch.dtype | None = None) -> Query:
         """A view for some of this view's images (positions or a mask), counting into the same place."""
         view = Query.__new__(Query)
         view.model, view.search = self.model, search or self.search
         view.forward_passes, view.backward_passes = self.forward_passes, self.backward_passes
-        view.differentiable = self.differentiable
+        view.differentiable, view._clean = self.differentiable, self._clean
+        view._layouts = self._layouts
         view.rejects, view.goal, view.targeted = self.rejects, self.goal, self.targeted
         rows = rows.cpu()
         view._rows = self._all()[rows]
@@ -70,19 +73,26 @@ class Query:
         return classes, logits[:, -1] - classes.amax(dim=1)
 
     def _answer(self, x: Tensor) -> Tensor:
-        # Convolutions of few channels run up to twice as fast in this layout; a plain .contiguous() does not set it
-        # where there is one channel.
-        x = x.clone(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.search, enabled=self.search is not torch.float32):
-            logits = self.model(x)
+            logits = self._layouts.ask(self.model, x)
         self._count(self.forward_passes, len(x))
         if logits.requires_grad:
             logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
         return logits.float()
 
     @torch.no_grad()
-    def verdict(self, x: Tensor) -> Tensor:
-        """Logits in float32, checked."""
+    def clean(self, x: Tensor) -> Tensor:
+        """Logits ``(B, classes)`` of the images as they were before the attack, ``x``: known from their verdict.
+
+        Only where no verdict was taken, when images are made to learn from, is the model asked.
+        """
+        if self._clean is None:
+            return self(x)
+        return self._folded(self._clean if self._rows is None else self._clean[self._rows.to(self._clean.device)])
+
+    @torch.no_grad()
+    def verdict(self, x: Tensor, *, clean: bool = False) -> Tensor:
+        """Logits in float32, checked; those of the clean images are kept for :meth:`clean`."""
         with torch.autocast(x.device.type, enabled=False):
             logits = self.model(x)
         self._count(self.forward_passes, len(x))
@@ -92,6 +102,8 @@ class Query:
             )
         if not bool(torch.isfinite(logits).all()):
             raise UserError("the model returned NaN or infinite logits: it cannot be attacked; check its weights")
+        if clean:
+            self._clean = logits
         logits = self._folded(logits)
         if not len(logits) or getattr(self.model, "log_probabilities", False):
             return logits
@@ -139,6 +151,26 @@ class Query:
             counts += asked // images
         else:
             counts[self._rows] += asked // images
+
+
+class _Layouts:
+    """How images lie in memory when a model is asked; all views share what was learnt."""
+
+    def __init__(self) -> None:
+        # Convolutions of few channels run up to twice as fast in this layout; a plain .contiguous() does not set it
+        # where there is one channel.
+        self.fast: torch.memory_format | None = torch.channels_last
+
+    def ask(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Logits; a model that flattens with ``.view``, which this layout forbids, is asked in the plain one."""
+        if self.fast is not None:
+            try:
+                return model(x.clone(memory_format=self.fast))
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(error):
+                    raise
+                self.fast = None
+        return model(x)
 
 
 _warned: set[str] = set()
