@@ -95,7 +95,8 @@ class ThreatModel:
     norm: Norm
     eps: float
     targeted: bool = False
-    # Go on after success: the images are meant for another model than the one attacked (gray-box, training).
+    # Go on after success: the images are meant for another model than the one attacked (gray-box, training), or for
+    # other draws of a random one.
     exhaust: bool = False
     # Take the verdict after rounding to 8-bit pixels, as a saved picture would have them.
     quantize: bool = False

@@ -28,7 +28,7 @@ Model = Callable[[Tensor], Tensor]
 
 COARSE = 2**-6  # of the largest logit: what a bfloat16 pass may be wrong by
 PUSHES = (1e-4, 1e-3, 0.01, 0.02, 0.04, 0.08, 0.16)  # shares by which what fell back is pushed on
-ROUNDED = (0.5, 1.0, 2.0, 4.0)  # and further, where rounding to 8 bits swallows small changes
+ROUNDED = (0.3, 0.6, 1.0, 2.0, 4.0)  # and further, where rounding to 8 bits swallows small changes
 
 
 @dataclass(frozen=True, kw_only=True)

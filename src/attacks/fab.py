@@ -80,7 +80,7 @@ class FAB(Attack):
         nearest = Nearest(x)
         for toward in self._aims(model, x, y, threat):
             for restart in range(self.restarts):
-                start = self._random_start(x, threat, generator) if restart else x
+                start = self._random_start(x, nearest.distance, threat, generator) if restart else x
                 self._descend(model, x, y, toward, start, nearest, threat)
         return nearest.images
 
@@ -141,8 +141,9 @@ class FAB(Attack):
         return ((1 - alpha) * (current + self.eta * move) + alpha * (clean + self.eta * move_clean)).clamp(0, 1)
 
     @staticmethod
-    def _random_start(x: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
-        radius = threat.eps if math.isfinite(threat.eps) else START[threat.norm]
+    def _random_start(x: Tensor, found: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
+        """Half as far away as what was found so far, or as eps where that is nearer."""
+        radius = found.clamp_max(threat.eps if math.isfinite(threat.eps) else START[threat.norm]).view(-1, 1, 1, 1)
         if threat.norm is Norm.LINF:
             noise = torch.rand(x.shape, generator=generator) * 2 - 1
         else:

@@ -68,6 +68,11 @@ class Peer(Attack):
 
     @final
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
+        if model.rejects:
+            raise UserError(
+                f"attack={self.library}: a library takes an image that the defense rejects for a success and stops "
+                "there. Use an attack of ours, such as attack=adaptive"
+            )
         library = importlib.import_module(self.library)
         seen = Seen(model, x.device)
         with _seeded(int(torch.randint(2**32, (), generator=generator))):
