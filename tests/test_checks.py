@@ -24,7 +24,7 @@ from src.checks.flags import FLAGS, raised, unreliable
 from src.checks.look import Look
 from src.data.digits import Digits
 from tests.conftest import ROOT, Outcome
-from tests.planted import LINF, PLANTED, SOUND, cell, seen, trained
+from tests.planted import FGSM_CELL, LINF, PLANTED, SOUND, cell, seen, trained
 from tests.test_pipeline import QUIET, ok
 
 Command = Callable[..., Outcome]
@@ -116,6 +116,35 @@ def test_only_like_is_compared(change: dict[str, Any]) -> None:
 def test_a_rise_that_chance_explains_raises_nothing(rise: int) -> None:
     """15 of 359 around one half are 1.1 standard deviations of a difference."""
     assert across([cell(180), cell(180 + rise, eps=0.2)])[1].flags == []
+
+
+@pytest.mark.parametrize(("more", "fewer", "found"), [(3, 0, False), (6, 1, False), (5, 0, True), (8, 1, True)])
+def test_a_rise_of_a_few_images_is_left_to_chance(more: int, fewer: int, found: bool) -> None:
+    """3 images of 6 in one cell by chance: 1 in 8, however many others fell in both."""
+    for n in (64, 1000):
+        assert bool(across([cell(fewer, n), cell(more, n, eps=0.2)])[1].flags) is found
+
+
+@pytest.mark.parametrize(
+    ("other", "flag"),
+    [
+        ({"eps": 0.05}, "accuracy_rises_with_eps"),
+        (FGSM_CELL, "one_step_stronger"),
+        ({"attack": "noise", "config": {}}, "noise_stronger"),
+    ],
+)
+def test_only_the_model_that_the_attack_saw_must_fall_further(other: dict[str, Any], flag: str) -> None:
+    """A detector rejects more of what is stronger, and one step transfers better than many."""
+    gray = {"access": "gray_box", "robust_accuracy_bare": 20 / 359}
+    for access in ({"access": "transfer"}, gray):
+        assert across([cell(200, **access), cell(150, **other, **access)])[0].flags == []
+    stands = gray | {"robust_accuracy_bare": 80 / 359}
+    assert across([cell(100, **stands), cell(150, **other, **gray)])[0].flags == [flag]
+
+
+def test_noise_is_compared_with_attacks_of_its_access() -> None:
+    noise = cell(150, attack="noise", config={}, access="black_box")
+    assert across([cell(200), noise])[0].flags == []
 
 
 def test_a_cell_that_fails_a_decisive_check_shows_unreliable(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from src.checks.flags import FLAGS, raised
@@ -34,7 +34,7 @@ def accuracy_rises_with_eps(record: Record, others: Sequence[Record]) -> float:
     smaller = [
         o for o in others if _same(o, record, "attack", "variant", "access") and (o.eps or 0) < (record.eps or 0)
     ]
-    return max((_rise(record, other) for other in smaller), default=0.0)
+    return _largest_rise(record, smaller)
 
 
 def weaker_access_stronger(record: Record, others: Sequence[Record]) -> float:
@@ -42,22 +42,21 @@ def weaker_access_stronger(record: Record, others: Sequence[Record]) -> float:
     if record.access != "white_box":
         return 0.0
     weaker = [o for o in others if _same(o, record, "attack", "variant", "eps") and o.access != record.access]
-    return max((_rise(record, other) for other in weaker), default=0.0)
+    return max((_rise(record.robust_accuracy, o.robust_accuracy, record.n) for o in weaker), default=0.0)
 
 
 def one_step_stronger(record: Record, others: Sequence[Record]) -> float:
-    """Of an attack in many steps, against those in one step."""
+    """Of an attack in many steps, against those in one step with the same access."""
     if _steps(record) < 2:
         return 0.0
-    return max((_rise(record, o) for o in others if _same(o, record, "eps", "access") and _steps(o) == 1), default=0.0)
+    return _largest_rise(record, [o for o in others if _same(o, record, "eps", "access") and _steps(o) == 1])
 
 
 def noise_stronger(record: Record, others: Sequence[Record]) -> float:
-    """Of any attack but noise, against noise."""
+    """Of any attack but noise, against noise with the same access."""
     if record.attack == "noise":
         return 0.0
-    noise = [o for o in others if _same(o, record, "eps") and o.attack == "noise"]
-    return max((_rise(record, other) for other in noise), default=0.0)
+    return _largest_rise(record, [o for o in others if _same(o, record, "eps", "access") and o.attack == "noise"])
 
 
 CHECKS: dict[str, Check] = {
@@ -83,13 +82,31 @@ def _steps(record: Record) -> int:
     return steps if isinstance(steps, int) else 0
 
 
-def _rise(high: Record, low: Record) -> float:
-    """By how much more one cell holds than another that should hold as much or more; 0 where chance explains it.
+def _largest_rise(record: Record, others: Iterable[Record]) -> float:
+    """On the model that the attack saw: only there need the stronger attack do more harm."""
+    return max((_rise(_on_attacked(record), _on_attacked(other), record.n) for other in others), default=0.0)
 
-    One-sided test of two proportions at 5 %, as if the images were not the same: on the safe side.
+
+def _on_attacked(record: Record) -> float | None:
+    """Accuracy of the model that the attack saw; None where the record does not have it."""
+    if record.access == "transfer":
+        return None
+    return record.robust_accuracy_bare if record.access == "gray_box" else record.robust_accuracy
+
+
+def _rise(high: float | None, low: float | None, n: int) -> float:
+    """By how much more of ``n`` images one cell holds than another that should hold as many or more.
+
+    0 where chance explains it: Fisher's exact test, one-sided at 5 %, as if the images were not the same. Where most of
+    them fare alike in both cells, that leaves more to chance than there is.
     """
-    n = high.n
-    one, two = high.robust_accuracy or 0.0, low.robust_accuracy or 0.0
-    middle = (one + two) / 2
-    chance = 1.645 * math.sqrt(2 * middle * (1 - middle) / n) if n else math.inf
-    return round(one - two, 6) if one - two > chance else 0.0
+    if high is None or low is None or high <= low:
+        return 0.0
+    return round(high - low, 6) if _fisher(round(high * n), round(low * n), n) < 0.05 else 0.0
+
+
+@functools.cache  # the same counts come again and again
+def _fisher(more: int, fewer: int, n: int) -> float:
+    from scipy.stats import hypergeom
+
+    return float(hypergeom.sf(more - 1, 2 * n, more + fewer, n))
