@@ -110,8 +110,9 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
 
 
 def _flags(group: Sequence[Record]) -> list[str]:
-    """What any attack raised; but that an attack failed matters only where all of them did."""
-    shared = set.intersection(*(set(r.flags) for r in group))
+    """What any attack raised; but that an attack failed matters only where all did that are more than noise."""
+    attacks = [r for r in group if r.attack != "noise"] or group
+    shared = set.intersection(*(set(r.flags) for r in attacks))
     return sorted({flag for r in group for flag in r.flags if flag in shared or not unreliable([flag])})
 
 

@@ -85,6 +85,19 @@ def test_only_cells_of_one_threat_and_one_model_are_compared(tmp_path: Path) -> 
     assert row.variant == ""
 
 
+def test_a_worst_case_is_unreliable_where_only_noise_is_beside_attacks_that_fail(tmp_path: Path) -> None:
+    """Noise takes no gradients, so nothing is ever said against them in its cell."""
+
+    def flags(*others: str) -> list[str]:
+        cells = [verdicts(cell(attack="pgd", flags=["few_images", "gradient_missing"]), tmp_path, [0, 0])]
+        cells += [verdicts(cell(attack=name, key=name), tmp_path, [0, 0]) for name in others]
+        (row,) = worst_cases(cells, sidecars.find([tmp_path]))
+        return row.flags
+
+    assert flags("noise") == ["few_images", "gradient_missing"]
+    assert flags("noise", "square") == ["few_images"]
+
+
 def test_load_gives_a_frame_and_a_cube(tmp_path: Path) -> None:
     both(tmp_path, [1, 0], [0, 1])
     found = report.load(tmp_path)
