@@ -10,19 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from src import records, tables
+from src.attacks.apgd import APGD
+from src.attacks.base import Attack
+from src.attacks.deepfool import DeepFool
+from src.attacks.fgsm import FGSM
 from src.attacks.orthogonal_pgd import OrthogonalPGD
 from src.attacks.pgd import PGD
 from src.attacks.square import Square
 from src.attacks.worst_case import WorstCase
 from src.checks import attack as attack_checks
 from src.checks import data as data_checks
+from src.checks import model as model_checks
 from src.checks import probe
 from src.checks.across import CHECKS, across
 from src.checks.flags import FLAGS, raised, unreliable
 from src.checks.look import Look
 from src.data.digits import Digits
+from src.threat import Norm, ThreatModel
 from tests.conftest import ROOT, Outcome
 from tests.planted import FGSM_CELL, LINF, PLANTED, SOUND, cell, seen, trained
 from tests.test_pipeline import QUIET, ok
@@ -88,6 +95,49 @@ def test_checks_leave_the_random_state_alone() -> None:
     model, state = trained(), torch.get_rng_state()
     seen(model, PGD(steps=2))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Linear(nn.Module):
+    """Saturated, and as easily turned as any linear model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        light = ((x - 0.5) * torch.linspace(0.5, 1.5, 64).view(1, 8, 8)).mean(dim=(1, 2, 3))
+        return 1e4 * torch.stack([light, -light, torch.full_like(light, -1.0)], dim=1)
+
+
+def weak(attack: Attack, eps: float = 0.05, *, turned: bool | None = None) -> set[str]:
+    """What is said of the gradients that an attack on the saturated model meets."""
+    images = torch.cat([torch.linspace(0.2, 0.4, 8), torch.linspace(0.6, 0.8, 8)]).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
+    model, threat = Linear(), ThreatModel(norm=Norm.LINF, eps=eps)
+    labels = model(images).argmax(dim=1)
+    made = attack(model, images, labels, threat)
+    success = made.success if turned is None else torch.full_like(made.success, turned)
+    look = Look(
+        target=model, model=model, images=images, labels=labels, attacked=made.images, turned=success, attack=attack,
+        threat=threat,
+    )  # fmt: skip
+    return set(raised(probe.take(look, (model_checks.gradient_missing, model_checks.logits_saturated), full=False)))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [PGD(steps=5), FGSM(), APGD(steps=5), WorstCase(members={"pgd": PGD(steps=5), "square": Square(queries=1)})],
+)
+def test_an_attack_on_cross_entropy_stands_still_where_logits_are_saturated(attack: Attack) -> None:
+    assert weak(attack) == {"gradient_missing", "logits_saturated"}
+    assert weak(attack, turned=True) == set(), "an upper bound of 0 is exact"
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PGD(steps=5, loss="margin"), APGD(steps=5, loss="dlr"), APGD(steps=5, loss="dlr_targeted", target_classes=2),
+        DeepFool(), WorstCase(members={"pgd": PGD(steps=5), "both": WorstCase(members={"deepfool": DeepFool()})}),
+    ],
+)  # fmt: skip
+def test_an_attack_on_differences_of_logits_does_not(attack: Attack) -> None:
+    """Also where the budget is too small for any: that images hold is no sign of a weak attack."""
+    assert weak(attack, turned=False) == set()
 
 
 # --- records and tables -----------------------------------------------------------------------------------------

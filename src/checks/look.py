@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from src.attacks.base import Attack
-from src.attacks.gradients import gradient
+from src.attacks.gradients import Loss, cross_entropy, gradient, margin
 from src.errors import UserError
 from src.keys import seed_of
 from src.threat import ThreatModel
@@ -80,17 +80,39 @@ class Look:
         """``(B,)`` which clean images the target gets right."""
         return self.logits.argmax(dim=1) == self.labels
 
+    @property
+    def holds(self) -> bool:
+        """Whether the attack left any of those: one that turns all is not too weak, whatever its gradients."""
+        return bool((self.right.cpu() & ~self.turned.cpu()).any())
+
     @cached_property
-    def slope(self) -> Tensor | None:
-        """Gradient of the cross-entropy at the clean images; None where none comes through."""
-        self.seeded()
-        try:
-            return gradient(self.target, self.images, self.labels, self.threat)[1]
-        except UserError:
-            return None
+    def losses(self) -> frozenset[Loss]:
+        """What the attack climbs: cross-entropy; the margin stands for all differences of logits."""
+        rejects = getattr(self.target, "rejects", False)
+        return frozenset(_climbed(each, rejects) for each in self.members if each.needs == "gradient")
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:
+        """Gradients of these losses at the clean images; empty where none comes through."""
+        found = []
+        for loss in self.losses:
+            self.seeded()
+            try:
+                found.append(gradient(self.target, self.images, self.labels, self.threat, loss)[1])
+            except UserError:
+                return []
+        return found
 
 
 def members_of(attack: Attack, threat: ThreatModel) -> list[Attack]:
     members = getattr(attack, "members", None)
     members = members(threat.norm) if callable(members) else members
-    return list(members.values()) if isinstance(members, dict) else [attack]
+    return [one for each in members.values() for one in members_of(each, threat)] if members else [attack]
+
+
+def _climbed(attack: Attack, rejects: bool) -> Loss:
+    """Attacks without a choice of loss: those for the smallest change and those past a detector climb logits."""
+    loss = getattr(attack, "loss", None)
+    if loss is None:
+        return margin if type(attack).minimal or (attack.against_rejection and rejects) else cross_entropy
+    return cross_entropy if loss in ("ce", cross_entropy) else margin

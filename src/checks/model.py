@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from src.attacks.gradients import gradient, margin
+from src.attacks.gradients import cross_entropy, gradient, margin
 from src.checks.look import Look
 
 SATURATED = -70.0  # log of the probability left to the other classes: e^-70 times a weight or two is lost in float32
@@ -19,13 +19,16 @@ POINTS = 8  # of a way, at which its gradient is taken
 
 
 def gradient_missing(look: Look) -> float | None:
-    """Share of the images whose gradient is zero, NaN or the same at all pixels."""
-    if not look.by_gradient:
+    """Share of the images whose gradient is zero, NaN or the same at all pixels.
+
+    Of the loss that the attack climbs; where it climbs several, of each of them.
+    """
+    if not (look.by_gradient and look.holds):
         return None
-    if look.slope is None:
-        return 1.0
-    flat = look.slope.flatten(1)
-    missing = ~torch.isfinite(flat).all(dim=1) | (flat.amax(dim=1) == flat.amin(dim=1))
+    missing = torch.ones_like(look.right)
+    for slope in look.slopes:
+        flat = slope.flatten(1)
+        missing &= ~torch.isfinite(flat).all(dim=1) | (flat.amax(dim=1) == flat.amin(dim=1))
     return _share(missing)
 
 
@@ -34,7 +37,7 @@ def gradient_untrue(look: Look) -> float | None:
 
     They are averaged over the way, so that a kink is no fault: at one point a true gradient knows one of its sides.
     """
-    if not (look.by_gradient and look.exact and look.slope is not None):
+    if not (look.by_gradient and look.exact and look.slopes):
         return None
     middle = look.images.clamp(STEP, 1 - STEP)
     slope = _ascent(look, middle)
@@ -64,7 +67,7 @@ def _margin(look: Look, images: Tensor) -> Tensor:
 
 def logits_saturated(look: Look) -> float | None:
     """Share of the images got right whose cross-entropy has no gradient that float32 resolves."""
-    if not (look.by_gradient and bool(look.right.any())):
+    if not (look.by_gradient and look.losses == {cross_entropy} and look.holds):
         return None
     logits, labels = look.logits[look.right], look.labels[look.right]
     others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)

@@ -14,11 +14,12 @@ Check = Callable[[Look], float | None]
 
 # Of the model under attack, whatever eps; and of each cell.
 ONCE: Sequence[Check] = (
-    model.gradient_missing, model.gradient_untrue, model.logits_saturated, model.softmax_as_logits,
-    model.random_without_eot, model.batch_changes_verdict, model.bf16_changes_verdict, attack.unbounded_holds,
+    model.gradient_untrue, model.softmax_as_logits, model.random_without_eot,
+    model.batch_changes_verdict, model.bf16_changes_verdict, attack.unbounded_holds,
 )  # fmt: skip
 EACH: Sequence[Check] = (
-    attack.noise_stronger, attack.one_step_stronger, model.redraws_disagree,
+    attack.noise_stronger, attack.one_step_stronger,
+    model.gradient_missing, model.logits_saturated, model.redraws_disagree,
     attack.steps_short, attack.restarts_short, attack.loss_rising,
 )  # fmt: skip
 
