@@ -36,10 +36,11 @@ class Checked:
             if access not in self._once:
                 self._once[access] = probe.take(look, probe.ONCE, full=self._full)
             own = self._once[access] | probe.take(look, probe.EACH, full=self._full)
+            of_data = self._of_data
         finally:
             for model in models:
                 model.cpu()
-        return self._of_data | own | self._left_out(access)
+        return of_data | own | self._left_out(access)
 
     @property
     def _full(self) -> bool:
@@ -68,10 +69,10 @@ class Checked:
 
     @cached_property
     def _of_data(self) -> dict[str, float]:
-        """Figures that are the same for every cell."""
+        """Figures that are the same for every cell; taken where the defended model is."""
         found = {
             "test_in_training": data_checks.test_in_training(self.data, full=self._full),
-            "threshold_not_clean": data_checks.threshold_not_clean(self.subject.defended, self.data),
+            **data_checks.thresholds(self.subject.defended, self.data),
         }
         return {name: round(figure, 6) for name, figure in found.items() if figure is not None}
 

@@ -51,7 +51,9 @@ def test_what_is_sound_raises_none(name: str) -> None:
 def test_every_flag_has_its_planted_fault_and_its_check() -> None:
     assert {flag for fault in PLANTED.values() for flag in fault.flags} == set(FLAGS)
     taken = {check.__name__ for check in (*probe.ONCE, *probe.EACH)} | set(CHECKS)
-    assert set(FLAGS) - taken == {"members_left_out", "few_images", "threshold_not_clean", "test_in_training"}
+    assert set(FLAGS) - taken == {
+        "members_left_out", "few_images", "threshold_not_clean", "threshold_by_hand", "test_in_training"
+    }  # fmt: skip
 
 
 def test_every_flag_has_its_paragraph() -> None:
@@ -247,8 +249,9 @@ def test_a_threshold_by_hand_is_said(command: Command) -> None:
         )
     )  # fmt: skip
     (record,) = records.find(outcome.runs())
-    assert "threshold_not_clean" in record.flags
-    assert record.checks["threshold_not_clean"] == pytest.approx(0.05)
+    assert "threshold_by_hand" in record.flags
+    assert record.checks["threshold_by_hand"] == pytest.approx(0.05)
+    assert not unreliable(record.flags), "a threshold that the config declares is a protocol, not a fault"
 
 
 def test_a_stochastic_defense_is_drawn_again(command: Command) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from src.data.augment import to_float
 from src.data.base import ImageDataModule
@@ -39,14 +40,30 @@ def _digests(split: Split) -> Iterator[bytes]:
 
 
 @torch.no_grad()
-def threshold_not_clean(defended: DefendedModel, data: ImageDataModule) -> float | None:
-    """How far the share of clean validation images rejected is off the declared rate; 0 where chance explains it."""
+def thresholds(defended: DefendedModel, data: ImageDataModule) -> dict[str, float]:
+    """Of a detector: how far the share of clean validation images that it rejects is off what it should be.
+
+    ``threshold_not_clean``: off what thresholds set anew reject, which is less than the declared rate where scores are
+    tied. ``threshold_by_hand``, where one is: off the declared rate. Both are 0 where chance explains it.
+    """
+    if not defended.rejects:
+        return {}
+    batches = data.val_dataloader()
+    scores = torch.cat([defended.scores(to_float(batch["image"]).to(defended.device)) for batch in batches])
+    frozen, rejected = defended.frozen, defended._together([scores]) > 1
+    try:
+        defended.set_thresholds(scores)
+        anew = defended._together([scores]) > 1
+    finally:
+        defended.frozen = frozen
+    found = {"threshold_not_clean": _off(rejected, float(anew.double().mean()))}
+    if any(each.threshold is not None for each in defended.detections):
+        found["threshold_by_hand"] = _off(rejected, defended.fpr)
+    return found
+
+
+def _off(rejected: Tensor, expected: float) -> float:
     from scipy.stats import binomtest
 
-    if not defended.rejects:
-        return None
-    suspicion = [defended.suspicion(to_float(batch["image"])) for batch in data.val_dataloader()]
-    rejected = torch.cat(suspicion) > 1
-    share = float(rejected.double().mean())
-    chance = binomtest(int(rejected.sum()), len(rejected), defended.fpr).pvalue
-    return abs(share - defended.fpr) if chance < 0.01 else 0.0
+    share, expected = float(rejected.double().mean()), max(expected, 1 / len(rejected))  # rounding may turn one image
+    return abs(share - expected) if binomtest(int(rejected.sum()), len(rejected), expected).pvalue < 0.01 else 0.0

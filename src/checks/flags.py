@@ -49,6 +49,10 @@ FLAGS: dict[str, Flag] = {
     # of the data
     "few_images": Flag(says="the interval is wide: too few images", limit=0.12, decisive=False),
     "threshold_not_clean": Flag(says="the detector's threshold is not that of the clean validation images"),
+    "threshold_by_hand": Flag(
+        says="the detector's threshold, set by hand, rejects another share of clean images than is declared",
+        decisive=False,
+    ),
     "test_in_training": Flag(says="test images are among the training images", limit=0.01),
 }
 
