@@ -185,6 +185,19 @@ def test_free_moves_the_perturbation_up_the_gradient_and_keeps_it(monkeypatch: p
     assert module.perturbation is None
 
 
+@pytest.mark.parametrize("value", [0.5, 1.0])  # within the box, and at its edge
+def test_free_leaves_the_edge_of_ball_and_box(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = free(2, monkeypatch)
+    module.network = Linear(side=8, classes=2)
+    with torch.no_grad():
+        module.network.layer.weight.mul_(0.01)  # nowhere is the answer so sure that the gradient vanishes
+    up = (module.network.layer.weight[1] - module.network.layer.weight[0]).detach().sign().view(1, 1, 8, 8)
+    data = {"image": torch.full((4, 1, 8, 8), value), "label": torch.zeros(4, dtype=torch.long)}
+    module.perturbation = (-LINF.eps * up).expand(4, -1, -1, -1)  # where the loss is least
+    module.training_step(data, 0)
+    torch.testing.assert_close(module.perturbation, (LINF.eps * up).expand(4, -1, -1, -1))
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_moved_perturbation_stays_in_the_ball(norm: str) -> None:
     threat, slope = ThreatModel(norm=norm, eps=0.3), images() - 0.5

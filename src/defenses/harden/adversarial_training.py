@@ -128,13 +128,14 @@ class AdversarialTraining(Harden):
         if self.perturbation is None or self.perturbation.shape != clean.shape:
             self.perturbation = torch.zeros_like(clean)
         for _ in range(self.replays):
-            change = self.perturbation.requires_grad_()
-            loss = F.cross_entropy(self.network(self.threat.project(clean, clean + change)).float(), labels)
+            # Projected outside the graph: a pixel at the edge of ball or box would get no gradient, and stay there.
+            seen = self.threat.project(clean, clean + self.perturbation).requires_grad_()
+            loss = F.cross_entropy(self.network(seen).float(), labels)
             optimizer.zero_grad()  # type: ignore[union-attr]
             self.manual_backward(loss)
             optimizer.step()  # type: ignore[union-attr]
-            assert change.grad is not None
-            self.perturbation = moved(change.detach(), change.grad, self.threat)
+            assert seen.grad is not None
+            self.perturbation = moved(self.perturbation, seen.grad, self.threat)
         if schedule is not None:
             schedule.step()  # type: ignore[union-attr]
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
