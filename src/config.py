@@ -156,8 +156,22 @@ def _check_trained(choice: Mapping[str, Any], key: str) -> None:
         for name in ("attack", "validation"):
             if (attack := getattr(trained.trained_on, name)) is not None:
                 check(attack, f"{key}.trained_on.{name}")
-    for name, part in (trained.parts or {}).items():
+    parts = trained.parts or {}
+    for name, part in parts.items():
         _check_trained(part, f"{key}.parts.{name}")
+    for name in list(parts)[:-1]:
+        if _replaces(parts[name], f"{key}.parts.{name}"):
+            raise UserError(
+                f"{key}.parts.{name}: replaces the classifier, so the parts behind it would never be asked. Allowed: "
+                f"such a defense as the last part, {key}.parts.{list(parts)[-1]}"
+            )
+
+
+def _replaces(choice: Mapping[str, Any], key: str) -> bool:
+    """Whether a defense answers in place of the classifier: it does, or a part of the chain that it is."""
+    parts = choice.get("parts") or {}
+    itself = bool(getattr(locate(choice, key), "replaces", False))
+    return itself or any(_replaces(part, f"{key}.parts.{name}") for name, part in parts.items())
 
 
 def check(node: object, key: str) -> None:

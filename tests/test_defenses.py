@@ -105,6 +105,20 @@ def test_stochastic_defenses_vary_and_others_do_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEFENSES)
+def test_what_never_asks_its_classifier_says_that_it_replaces_it(name: str) -> None:
+    class Asked(Linear):
+        asked = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.asked = True
+            return super().forward(x)
+
+    defense, classifier = make(name), Asked(side=8)
+    guarded(defense, classifier)(images())
+    assert defense.replaces is not classifier.asked
+
+
+@pytest.mark.parametrize("name", DEFENSES)
 def test_saved_and_loaded_gives_the_same_outputs(name: str) -> None:
     defense = make(name)
     buffer = io.BytesIO()

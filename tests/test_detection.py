@@ -18,7 +18,7 @@ from src.attacks.deepfool import DeepFool
 from src.attacks.fgsm import FGSM
 from src.attacks.pgd import PGD
 from src.attacks.square import Square
-from src.defenses.base import Detector, Purifier
+from src.defenses.base import Detector, Harden, Purifier
 from src.defenses.chain import Chain
 from src.defenses.detect.vae_kl import VAEKL
 from src.defenses.guarded import DefendedModel
@@ -169,6 +169,28 @@ def test_chains_give_what_composing_by_hand_gives() -> None:
     torch.testing.assert_close(seen.guard(classifier).scores(x)[:, 0], x.mean(dim=(1, 2, 3)) / 2)
     inner = Halved().guard(classifier)
     assert NoDefense().guard(inner) is inner  # a chain that opens with `none` is not the bare classifier
+
+
+class Inverted(Harden):
+    """A new classifier: the old one's answers turned round."""
+
+    def __init__(self) -> None:
+        super().__init__(fresh=lambda: nn.Sequential(Linear(), Negative()))
+
+
+class Negative(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        return -logits
+
+
+def test_only_the_last_part_of_a_chain_may_replace_the_classifier() -> None:
+    x, classifier = images(), Linear(seed=1)
+    for parts in ([Inverted(), Change()], [Halved(), Chain(parts=[Inverted()]), Change()]):
+        with pytest.raises(UserError, match=r"replaces the classifier, so it has to be the last part"):
+            Chain(parts=parts)
+    defended = frozen(Chain(parts=[Change(fpr=0.1), Chain(parts=[Halved(), Inverted()])]).guard(classifier), x)
+    torch.testing.assert_close(defended(x)[:, :2], -Linear()(x / 2))
+    torch.testing.assert_close(defended.scores(x)[:, 0], Linear()(x / 2).abs().sum(dim=1))
 
 
 def test_a_detector_behind_a_random_purifier_judges_the_image_that_is_classified() -> None:

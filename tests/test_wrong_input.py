@@ -53,6 +53,7 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["seed=-1"], ["seed=-1"]),
         (["classifier.fit.optimizer=lion"], ["classifier.fit.optimizer=lion", "'sgd'"]),
         (["defense.beta=-1"], ["defense.beta=-1"]),
+        (["defense=chain", "defense@defense.parts.first=rbf"], ["parts.first: replaces the classifier", "parts.last"]),
         (["dataset=image_folder"], ["dataset.root"]),
         (["dataset=image_folder", "dataset.root=nowhere"], ["dataset.root=nowhere"]),
         (["dataset=mnist", "dataset.root=nowhere", "dataset.download=false"], ["dataset.root=nowhere"]),

@@ -43,11 +43,13 @@ class Defense(LightningModule, ABC):
             backward pass is replaced (Athalye et al. 2018, https://arxiv.org/abs/1802.00420). ``none``: no gradient,
             score-based attacks only.
         stochastic: the output varies from call to call, so the attacker averages over draws (EOT).
+        replaces: it answers in place of the classifier it guards, and never asks that one.
         monitor: validation figure that chooses the checkpoint, and whether more (``max``) or less is better.
     """
 
     gradient: Gradient = "exact"
     stochastic: bool = False
+    replaces: bool = False
     monitor: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
     recipe: Recipe | None = None  # set by the trainer of stages
     threat: ThreatModel | None = None  # norm and radius of `trained_on`, set likewise
@@ -98,6 +100,7 @@ class Harden(Defense):
     """
 
     monitor = ("val_accuracy", "max")
+    replaces = True
 
     def __init__(self, *, fresh: Fresh) -> None:
         super().__init__()

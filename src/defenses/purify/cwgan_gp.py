@@ -57,6 +57,7 @@ class CWGANGP(WassersteinGAN):
     """
 
     monitor = ("val_accuracy", "max")
+    replaces = True
 
     def __init__(
         self,
