@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from pytorch_lightning import Trainer
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from src import records
 from src.attacks.fgsm import FGSM
@@ -28,6 +31,7 @@ from src.defenses.harden.rbf import RBF
 from src.defenses.harden.smoothing import Smoothing
 from src.defenses.harden.squeezed_training import SqueezedTraining
 from src.errors import UserError
+from src.recipe import Recipe
 from src.stages import Stages
 from src.threat import ThreatModel
 from src.tracking import NoTracker
@@ -312,6 +316,38 @@ def test_distillation_of_the_last_layer_leaves_the_features(artifacts: Path) -> 
     # The student answers as the teacher does, and at temperature 1 both are far surer than the bare classifier.
     assert (logits[0].argmax(1) == logits[1].argmax(1)).float().mean() > 0.95
     assert float((logits[0].std() / logits[2].std()).detach()) > 2
+
+
+class Normed(nn.Module):
+    """Features with batch norm and dropout, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5))
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def distilled(**recipe) -> Distillation:
+    """Two epochs of a network with batch norm, of which the first trains the teacher."""
+    module = Distillation(fresh=Normed, classifier=Normed(), layers="last")
+    module.recipe = Recipe(**{**OmegaConf.load(CONF / "fit" / "default.yaml"), **recipe})
+    data = DataLoader([{"image": x, "label": torch.tensor(i % 3)} for i, x in enumerate(images(16))], batch_size=8)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data, data)
+    return module
+
+
+def test_kept_features_do_not_drift_in_training() -> None:
+    module = distilled()
+    for network in (module.network, module.teacher):
+        assert not network.body[1].running_mean.any()
+        assert not any(part.training for part in network.body.modules())  # nor was there dropout
 
 
 def test_distillation_of_a_network_without_head_is_a_clear_error() -> None:

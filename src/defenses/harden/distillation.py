@@ -55,6 +55,7 @@ class Distillation(Harden):
         if layers == "last":
             for network in (self.teacher, self.network):
                 _keep_features(network, getattr(classifier, "network", classifier))
+        self.train()  # nobody else calls it before the training: the kept features would begin in training mode
 
     def train(self, mode: bool = True) -> Self:
         """As usual, but features that are kept stay in eval mode."""
