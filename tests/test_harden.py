@@ -350,6 +350,11 @@ def test_kept_features_do_not_drift_in_training() -> None:
         assert not any(part.training for part in network.body.modules())  # nor was there dropout
 
 
+def test_distillation_refuses_patience() -> None:
+    with pytest.raises(UserError, match=r"defense\.fit\.patience=3: .* Use defense\.fit\.patience=null"):
+        distilled(patience=3)
+
+
 def test_distillation_of_a_network_without_head_is_a_clear_error() -> None:
     with pytest.raises(UserError, match=r"defense\.layers=last: Linear has no last layer"):
         Distillation(fresh=fresh, classifier=fresh(), layers="last")

@@ -36,7 +36,7 @@ class Distillation(Harden):
             mode, and only their last layer is made anew.
 
     Raises:
-        UserError: ``layers="last"`` for a network without ``head``.
+        UserError: ``layers="last"`` for a network without ``head``; at fit, a recipe with ``patience``.
     """
 
     def __init__(
@@ -64,6 +64,13 @@ class Distillation(Harden):
             for network in (self.teacher, self.network):
                 network.eval().get_submodule("head").train(mode)
         return self
+
+    def on_fit_start(self) -> None:
+        if self.recipe is not None and self.recipe.patience is not None:
+            raise UserError(
+                f"defense.fit.patience={self.recipe.patience}: distillation cannot stop early, since the new network "
+                "only begins to learn when the teacher is done. Use defense.fit.patience=null"
+            )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         steps, each = self.trainer.current_epoch * int(self.trainer.num_training_batches) + batch_idx, self._half
