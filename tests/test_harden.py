@@ -202,6 +202,19 @@ def test_free_leaves_the_edge_of_ball_and_box(value: float, monkeypatch: pytest.
     torch.testing.assert_close(module.perturbation, (LINF.eps * up).expand(4, -1, -1, -1))
 
 
+@pytest.mark.parametrize(
+    ("name", "objective", "words"),
+    [
+        ("adversarial_training", "free", r"trained_on\.attack: objective=free makes its own images"),
+        ("adversarial_training_free", "pgd", r"trained_on\.attack=null: objective=pgd learns from an attack's images"),
+        ("adversarial_training_free", "mart", r"trained_on\.attack=null: objective=mart"),
+    ],
+)
+def test_only_free_learns_without_an_attack(artifacts: Path, name: str, objective: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Trained(artifacts, name, f"defense.objective={objective}")
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_moved_perturbation_stays_in_the_ball(norm: str) -> None:
     threat, slope = ThreatModel(norm=norm, eps=0.3), images() - 0.5

@@ -55,7 +55,8 @@ class AdversarialTraining(Harden):
         warm_start: begin with the bare classifier's weights.
 
     Raises:
-        UserError: no ``trained_on``, or a norm that ``free`` does not have.
+        UserError: at fit: no ``trained_on``, an attack in it for ``free`` or none for the others, or a norm that
+            ``free`` does not have.
     """
 
     def __init__(
@@ -118,12 +119,23 @@ class AdversarialTraining(Harden):
         return term(self.network(clean).float(), self.network(attacked).float(), labels, self.beta)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx) if self.automatic_optimization else self._replayed(batch)
+        free, attacked = self.objective == "free", "clean" in batch
+        if free and attacked:
+            raise UserError(
+                "defense.trained_on.attack: objective=free makes its own images. Allowed: null, as in "
+                "defense=adversarial_training_free"
+            )
+        if not free and not attacked:
+            raise UserError(
+                f"defense.trained_on.attack=null: objective={self.objective} learns from an attack's images. Allowed: "
+                "an attack, as in defense=adversarial_training; null for objective=free alone"
+            )
+        return self._replayed(batch) if free else super().training_step(batch, batch_idx)
 
     def _replayed(self, batch: dict[str, Tensor]) -> None:
         """Several steps on one batch; each backward pass moves the weights and the perturbation."""
         assert self.threat is not None
-        clean, labels = batch.get("clean", batch["image"]), batch["label"]
+        clean, labels = batch["image"], batch["label"]
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         if self.perturbation is None or self.perturbation.shape != clean.shape:
             self.perturbation = torch.zeros_like(clean)
