@@ -65,6 +65,16 @@ def test_foreign_module_is_attacked_at_test(loader: DataLoader) -> None:
     assert 0 < moved <= 0.3 + 1e-6
 
 
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_the_target_goes_to_the_device_and_back(loader: DataLoader, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, moves = Linear(side=4), []
+    monkeypatch.setattr(target, "to", lambda device: moves.append(("to", str(device))))
+    monkeypatch.setattr(target, "cpu", lambda: moves.append("back"))
+    callback = AttackCallback(attack=FGSM(), threat=ThreatModel(norm="linf", eps=0.2), target=target)
+    getattr(trainer(callback, max_epochs=1), stage)(Foreign(), loader)
+    assert moves == [("to", "cpu"), "back"]
+
+
 def test_foreign_module_learns_from_attacked_batches(loader: DataLoader) -> None:
     module = Foreign()
     trainer(AttackCallback(attack=FGSM(), threat=ThreatModel(norm="linf", eps=0.2)), max_epochs=1).fit(module, loader)

@@ -62,6 +62,10 @@ class AttackCallback(Callback):
         if self.target is not None:
             self.target.to(pl_module.device)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.target is not None:
+            self.target.cpu()  # as Lightning does with the module itself
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         seed = seed_of(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         if self.attack is not None:
