@@ -66,7 +66,9 @@ def test_foreign_module_is_attacked_at_test(loader: DataLoader) -> None:
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
-def test_the_target_goes_to_the_device_and_back(loader: DataLoader, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_goes_to_the_device_and_back(
+    loader: DataLoader, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target, moves = Linear(side=4), []
     monkeypatch.setattr(target, "to", lambda device: moves.append(("to", str(device))))
     monkeypatch.setattr(target, "cpu", lambda: moves.append("back"))

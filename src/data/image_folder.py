@@ -127,7 +127,7 @@ class ImageFolder(ImageDataModule):
                 lambda: pictures.decode_all(root, entries, shape=shape, resize=self.size, where=self.where),
             )
         content = picture_cache.cached_text(
-            kept and kept.with_suffix(".json"),
+            kept and kept.with_suffix(f".{channels}.json"),  # a survey for three says nothing of whether one suffices
             lambda: pictures.survey(root, entries, shape=shape, resize=self.size, where=self.where),
         )
         return pictures.PictureFiles(
