@@ -4,8 +4,8 @@ A defense of one's own is a class in ``src/defenses/{purify,harden,detect}/x.py`
 declares how gradients pass through it; the adaptive (white_box) attack is derived from that declaration.
 
 Facts of the data and models come to a class that asks for them by a keyword without default: ``channels``, ``size``,
-``num_classes``, ``mean``, ``std``; ``classifier``, the trained bare classifier; ``fresh``, a callable that makes an
-untrained network of the classifier's kind.
+``num_classes``, ``mean``, ``std``; ``classifier``, the trained bare classifier; ``fresh``, a callable that makes a
+network of the classifier's kind, as it is before its training (torchvision's with ``weights`` has those).
 
 One that can make images out of nothing says so by a method ``samples_to_show(count, generator)``, which returns
 ``(count, C, H, W)`` in [0, 1] and the classes they were asked to be of, ``(count,)``, or None. ``analysis=samples``
@@ -96,7 +96,7 @@ class Harden(Defense):
     """A defense that is a new classifier, trained to hold: authors write :meth:`loss`, or the steps themselves.
 
     Args:
-        fresh: makes an untrained network of the bare classifier's kind.
+        fresh: makes a network of the bare classifier's kind, as it is before its training.
     """
 
     monitor = ("val_accuracy", "max")

@@ -43,7 +43,7 @@ class AdversarialTraining(Harden):
     resumed training goes on as an undisturbed one; the two halves of ``fgsm`` go through the network in one batch.
 
     Args:
-        fresh: makes an untrained network of the bare classifier's kind.
+        fresh: makes a network of the bare classifier's kind, as it is before its training.
         classifier: the trained bare classifier, for ``warm_start``.
         objective: see above.
         beta: ``trades`` and ``mart``: weight of the divergence.

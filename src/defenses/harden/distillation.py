@@ -29,7 +29,7 @@ class Distillation(Harden):
     temperature.
 
     Args:
-        fresh: makes an untrained network of the bare classifier's kind.
+        fresh: makes a network of the bare classifier's kind, as it is before its training.
         classifier: the trained bare classifier, for ``layers="last"``.
         temperature: what logits are divided by in training; the paper's are 1 to 100.
         layers: ``all``: the paper's. ``last``: both networks keep the bare classifier's features as they are, in eval

@@ -23,7 +23,7 @@ class RBF(Harden):
     Where ours departs from the paper: the classes share the linear map before the distance and have a centre each.
 
     Args:
-        fresh: makes an untrained network of the bare classifier's kind, which has ``features``.
+        fresh: makes a network of the bare classifier's kind, as it is before its training; it has ``features``.
         code: numbers of the code in which distances are taken.
         margin: squared distance beyond which the centres of the wrong classes are pushed.
         fpr: share of clean validation images that are rejected as far from every class; None: nothing is.

@@ -25,7 +25,7 @@ class Smoothing(Harden):
     certificate abstains.
 
     Args:
-        fresh: makes an untrained network of the bare classifier's kind.
+        fresh: makes a network of the bare classifier's kind, as it is before its training.
         sigma: standard deviation of the noise in [0, 1] pixels, in training and after it.
         votes: draws of an answer.
         alpha: how often a certificate may be wrong.

@@ -16,7 +16,7 @@ class SqueezedTraining(Harden):
     is no obstacle to an attacker who goes through it: He et al. 2017, https://arxiv.org/abs/1706.04701
 
     Args:
-        fresh: makes an untrained network of the bare classifier's kind.
+        fresh: makes a network of the bare classifier's kind, as it is before its training.
         window: side of the filter's square window in pixels.
 
     The gradient is exact: it goes to the pixel that is the median.
