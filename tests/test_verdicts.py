@@ -195,3 +195,22 @@ def test_a_library_is_not_let_loose_on_a_model_that_rejects() -> None:
     images, labels = of(Viewed(), 4)
     with pytest.raises(UserError, match="attack=nowhere: a library takes an image that the defense rejects"):
         Library()(Rejecting(), images, labels, ThreatModel(norm="linf", eps=0.1))
+
+
+class Rooted(Viewed):
+    """Its gradient at black pixels is NaN: a root's slope is infinite there, times that of a square, nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x * x).sqrt())
+
+
+@pytest.mark.parametrize(
+    "attack", [PGD(steps=5, random_start=False), PGD(steps=5, momentum=1.0, random_start=False), DeepFool()]
+)
+def test_a_gradient_that_is_nan_at_some_pixels_is_followed_at_the_others(attack: Attack) -> None:
+    images, labels = of(Viewed(), 16)
+    images[:, :, 0] = 0
+    labels = Viewed()(images).argmax(dim=1)
+    attacked = attack(Rooted(), images, labels, ThreatModel(norm="l2", eps=1.0))
+    assert int(attacked.success.sum()) == 16
+    assert torch.equal(attacked.images[:, :, 0], images[:, :, 0])

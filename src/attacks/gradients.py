@@ -47,7 +47,15 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
 def gradient(
     model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, threat: ThreatModel, loss: Loss = cross_entropy
 ) -> tuple[Tensor, Tensor]:
-    """Logits and the direction of ascent: the loss's gradient, turned round when targeted.
+    """Logits and the direction of ascent: the loss's gradient, turned round when targeted; NaN counts as none."""
+    logits, slope = raw_gradient(model, x, y, threat, loss)
+    return logits, slope.nan_to_num()
+
+
+def raw_gradient(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, threat: ThreatModel, loss: Loss = cross_entropy
+) -> tuple[Tensor, Tensor]:
+    """The same with NaN where there is one, such as a root's at black pixels.
 
     Summed over the batch, so that an image's gradient does not depend on its neighbours.
     """

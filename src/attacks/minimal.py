@@ -42,6 +42,9 @@ def slopes(model: Query, outputs: Tensor, x: Tensor, *, again: bool = False) -> 
         outputs: made from the logits of ``x``, image by image.
         x: what was given to the model, requiring a gradient.
         again: keep the graph for another call.
+
+    Returns:
+        gradients in which NaN counts as none.
     """
     if not outputs.requires_grad:
         raise UserError(
@@ -50,16 +53,16 @@ def slopes(model: Query, outputs: Tensor, x: Tensor, *, again: bool = False) -> 
         )
     count = outputs.shape[1]
     if count == 1:
-        return torch.autograd.grad(outputs.sum(), x, retain_graph=again)[0][None]
+        return torch.autograd.grad(outputs.sum(), x, retain_graph=again)[0].nan_to_num()[None]
     each = torch.eye(count, dtype=outputs.dtype, device=outputs.device)[:, None].expand(-1, len(outputs), -1)
     try:
         (result,) = torch.autograd.grad(outputs, x, each, retain_graph=True, is_grads_batched=True)
     except (RuntimeError, NotImplementedError):  # a layer that cannot be batched, such as a hand-written backward
         model.add_backward(-len(x))  # the attempt was counted
         rows = [torch.autograd.grad(outputs, x, row, retain_graph=True)[0] for row in each]
-        return torch.stack(rows)
+        return torch.stack(rows).nan_to_num()
     model.add_backward((count - 1) * len(x))  # the hook saw one pass
-    return result
+    return result.nan_to_num()
 
 
 def dual_size(slope: Tensor, norm: Norm) -> Tensor:

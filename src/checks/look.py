@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from src.attacks.base import Attack
-from src.attacks.gradients import Loss, cross_entropy, gradient, margin
+from src.attacks.gradients import Loss, cross_entropy, margin, raw_gradient
 from src.errors import UserError
 from src.keys import seed_of
 from src.threat import ThreatModel
@@ -98,7 +98,7 @@ class Look:
         for loss in self.losses:
             self.seeded()
             try:
-                found.append(gradient(self.target, self.images, self.labels, self.threat, loss)[1])
+                found.append(raw_gradient(self.target, self.images, self.labels, self.threat, loss)[1])
             except UserError:
                 return []
         return found

@@ -53,9 +53,9 @@ def gradient_untrue(look: Look) -> float | None:
 
 
 def _ascent(look: Look, images: Tensor) -> Tensor:
-    """Gradient of the margin; ``nan`` counts as none."""
+    """Gradient of the margin."""
     look.seeded()
-    slope = gradient(look.target, images, look.labels, look.threat, margin)[1].nan_to_num()
+    slope = gradient(look.target, images, look.labels, look.threat, margin)[1]
     return -slope if look.threat.targeted else slope
 
 
