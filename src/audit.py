@@ -29,9 +29,10 @@ KEPT = (
     "eot_draws",
     "paths",
     "limit.epochs",
-    "limit.train",
-    "+experiment",
-    "+debug",
+    "limit.train_images",
+    "experiment",
+    "sweep",
+    "debug",
 )
 FIXED = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 RADII = ("linf", "l2")
@@ -84,11 +85,12 @@ def audit(options: argparse.Namespace) -> str:
         subject.append(f"dataset={options.dataset}")
     if not any(item.startswith(("dataset=", "+experiment=")) for item in subject):
         raise UserError("--dataset: missing; name one of conf/dataset, such as --dataset digits")
-    limit = [f"limit.test_images={options.images}"] if options.images else []
-    common = ["defense=none", "checks=full", *FIXED, *limit, *subject]
+    limit = f"limit.test_images={options.images or 'null'}"
+    # An experiment's radii are of its own norm: null is the dataset's own.
+    common = ["defense=none", "checks=full", "threat.eps=null", *FIXED, limit, *subject]
 
     # The model first, with an attack that asks nothing of it: which attack suits it is known then.
-    model = [item for item in common if not item.startswith(("attack", "threat"))]
+    model = [item for item in common if _what(item).partition(".")[0] not in ("attack", "threat")]
     job, chosen = composed([*model, "attack=noise", "threat=linf", "threat.eps=0"])
     names = Names(**{kind: chosen[kind] for kind in ("dataset", "classifier", "defense")}, attack="noise")
     stages = Stages(Path(job.paths.artifacts))
@@ -111,7 +113,7 @@ def audit(options: argparse.Namespace) -> str:
         records += [bench.cell(max(radii), each, out / "records") for each in job.access]
     records = across(records)
     report.write_report(records, out / "records", out)
-    return verdict(options.target, records, out, commands([item for item in subject if item.startswith(KEPT)], records))
+    return verdict(options.target, records, out, commands([item for item in subject if _kept(item)], records))
 
 
 def _attack(gradient: str, stochastic: bool) -> str:
@@ -167,7 +169,18 @@ def _run(folder: Path) -> list[str]:
     given = [str(item) for item in OmegaConf.load(folder / "overrides.yaml")]
     choices = OmegaConf.select(OmegaConf.load(folder / "hydra.yaml"), "hydra.runtime.choices")
     chosen = [f"{group}={choices[group]}" for group in ("dataset", "classifier", "defense")]
-    return [*chosen, *(item for item in given if item.startswith(KEPT) and item.split("=")[0] not in choices)]
+    told = ("dataset=", "classifier=", "defense=")
+    return [*chosen, *(item for item in given if _kept(item) and not item.startswith(told))]
+
+
+def _what(item: str) -> str:
+    """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
+    return item.lstrip("+~").partition("=")[0].rpartition("@")[2]
+
+
+def _kept(item: str) -> bool:
+    """Whether an override says what the model is, or where it lies."""
+    return any(_what(item) == name or _what(item).startswith(f"{name}.") for name in KEPT)
 
 
 def _names(source: str) -> list[str]:
@@ -234,10 +247,10 @@ def commands(subject: Sequence[str], records: Sequence[Any]) -> list[str]:
     first = records[0]
     at = [f"threat={first.norm}", f"threat.eps={format_eps(first.eps)}"]
     lines = (
-        ["attack=pgd", at[0]],  # the curve over all radii, with pictures
+        ["attack=pgd", at[0], "threat.eps=null"],  # the curve over all radii, with pictures
         [f"attack={first.attack}", *at, "checks=full"],  # all test images
         ["attack=square", *at, "threat.access=black_box"],
-        ["attack=fmn", "threat=l2", "threat.access=white_box"],
+        ["attack=fmn", "threat=l2", "threat.eps=null", "threat.access=white_box"],
         ["attack=pgd", *at, "threat.access=transfer", "+classifier@surrogate=cnn3"],
     )
     return [shlex.join(["python", "-m", "src.train", *base, *line]) for line in lines]

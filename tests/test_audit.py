@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from src import audit, records
 from src.classifiers import own
+from src.data.digits import Digits
 from src.errors import UserError
+from src.threat import Norm
 from tests import planted
 from tests.test_pipeline import QUIET, Command, ok
 
@@ -85,6 +90,45 @@ def test_our_stages_a_run_and_a_state_dict(judged: Callable[..., str], command: 
     assert "defense feature_squeezing" in text
     assert "gray_box and white_box" in text
     assert figures[0][0].split()[2] in text  # the same clean accuracy without the defense
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["defense=chain", "defense@defense.parts.first=jpeg", "+defense@defense.parts.between=feature_squeezing"],
+        ["defense=autoencoder", "attack@defense.trained_on.attack=pgd", "++defense.noise=0", "~defense.activation"],
+        ["+sweep=defenses_mnist", "defense=rbf", "threat.access=transfer", "+classifier@surrogate=cnn3"],
+        ["+experiment=cifar_pgd_counter_gan", "dataset=digits", "seed=3", "+debug=quick", "attack.steps=3"],
+    ],
+    ids=["chain", "plus", "sweep", "experiment"],
+)
+def test_of_a_run_the_very_model_is_judged(command: Command, words: list[str]) -> None:
+    outcome = command(*QUIET, *words, "dataset.root=x", "+plan=true", "paths.artifacts=elsewhere")
+    (run,) = outcome.folder.glob("outputs/*/*")
+    subject = audit.subject_of(str(run), None)
+    found, _ = audit.composed([*subject, *audit.FIXED])
+    whole = OmegaConf.create({**OmegaConf.load(run / ".hydra" / "config.yaml"), "logger": None})
+    wanted = cast(dict[str, Any], OmegaConf.to_container(whole, resolve=True))
+    for name in ("classifier", "defense", "dataset", "seed", "eot_draws"):
+        assert getattr(found, name) == wanted[name], name
+    assert (found.limit.epochs, found.paths.artifacts) == (wanted["limit"]["epochs"], "elsewhere")
+    assert found.surrogate is None
+    assert not [item for item in subject if "attack.steps" in item or "threat" in item]
+
+
+def test_radii_of_an_experiment_are_not_those_of_another_norm(judged: Callable[..., str], command: Command) -> None:
+    words = ("+experiment=digits_pgd_vae", "+debug=quick", "defense=none", "threat=l2", "attack=noise")
+    (run,) = ok(command(*QUIET, *words, "+plan=true")).runs()
+    text = judged(str(run), "--images", "20", "--attack", "noise", "checks=cheap")
+    data = Digits()
+    data.prepare()
+    own = data.spec.eps
+    for norm in (Norm.LINF, Norm.L2):
+        assert f"worst case {norm} {max(own[norm]):g} " in text
+    further = [shlex.split(line) for line in text.splitlines() if line.strip().startswith("python -m src.train")]
+    for words_ in further:
+        job, _ = audit.composed([*words_[3:], *audit.FIXED])
+        assert set(job.eps(own[job.norm])) <= set(own[job.norm])
 
 
 @pytest.mark.parametrize(
