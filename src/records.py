@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -228,3 +229,8 @@ def order(record: Record) -> tuple[object, ...]:
         record.dataset, record.classifier, record.defense, record.attack, record.norm,
         record.targeted, record.variant, record.seed, eps, record.access,
     )  # fmt: skip
+
+
+def changes(record: Record) -> list[str]:
+    """The overrides of its variant; a comma in brackets parts none."""
+    return re.findall(r"(?:\[[^]]*]|[^,])+", record.variant)

@@ -44,18 +44,18 @@ def worst_cases(records: Iterable[Record], files: Mapping[str, Path]) -> list[Re
 def _threat(record: Record) -> tuple[object, ...]:
     made_of = tuple(record.stages.get(kind, "") for kind in ("data", "classifier", "defense", "surrogate"))
     return (
-        record.dataset, record.classifier, record.defense, _variant(record), record.norm, record.eps, record.access,
+        record.dataset, record.classifier, record.defense, variant_of(record), record.norm, record.eps, record.access,
         record.seed, record.targeted, record.n, made_of,
     )  # fmt: skip
 
 
-def _variant(record: Record, *, attack: bool = False) -> str:
+def variant_of(record: Record, *, attack: bool = False) -> str:
     """The overrides that are the model's, or those that are the attack's."""
-    return ",".join(item for item in record.variant.split(",") if item and item.startswith(_OF_THE_ATTACK) == attack)
+    return ",".join(item for item in store.changes(record) if item.startswith(_OF_THE_ATTACK) == attack)
 
 
 def _name(record: Record) -> str:
-    change = _variant(record, attack=True)
+    change = variant_of(record, attack=True)
     return f"{record.attack} ({change})" if change else record.attack
 
 
@@ -83,7 +83,7 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
     facts |= {
         "key": "worst-" + min(r.key for r in group),
         "attack": WORST,
-        "variant": _variant(first),
+        "variant": variant_of(first),
         "created": max(r.created for r in group),
         "flags": _flags(group),
         "uses": sorted(r.key for r in group),

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from src import frame, report, sidecars, tables
 from src import records as store
-from src.analysis import curves, pictures
+from src.analysis import curves, pictures, points
 from src.callbacks import results_table
 from src.errors import UserError
 from src.records import Record
@@ -185,6 +185,29 @@ def test_eps_is_written_as_people_do(eps: float | None, text: str) -> None:
 )
 def test_curve_is_drawn(tmp_path: Path, records: list[Record]) -> None:
     assert is_drawn(curves.robustness_curve(records, tmp_path / "c.png"))
+
+
+def test_no_point_of_a_curve_hides_another(tmp_path: Path) -> None:
+    """Variants of the attack, other accesses of ``none`` and other weights are lines of their own."""
+    steps = [
+        cell(0.1, "white_box", right, defense="none", variant=f"attack.members=[a,b],attack.steps={n},defense.x=[1,2]")
+        for n, right in ((1, 70), (2, 50), (10, 5))
+    ]
+    accesses = [cell(0.1, access, 20, defense="none") for access in ("gray_box", "white_box")]
+    accesses.append(cell(0.1, "transfer", 80, defense="none", variant="classifier@surrogate=lenet"))
+    weights = [cell(0.1, right=right, defense="chain", stages={"defense": d}) for d, right in (("a", 60), ("b", 40))]
+    found = points.bare_lines([*steps, *accesses, *weights])
+    assert {(name, line[-1].accuracy) for name, line in found} == {
+        ("no defense (attack.members=[a,b],attack.steps=1)", 0.7),
+        ("no defense (attack.members=[a,b],attack.steps=2)", 0.5),
+        ("no defense (attack.members=[a,b],attack.steps=10)", 0.05),
+        ("no defense", 0.2),
+        ("no defense, transfer (classifier@surrogate=lenet)", 0.8),
+    }
+    assert [line[-1].accuracy for _, line in points.defended_lines(weights)] == [0.6, 0.4]
+    twice = [cell(0.1, right=right, key=str(right)) for right in (60, 40)]
+    assert [line[-1].accuracy for _, line in points.defended_lines(twice)] == [0.6, 0.4]
+    assert is_drawn(curves.robustness_curve([*steps, *accesses, *weights], tmp_path / "c.png"))
 
 
 def test_the_same_records_draw_the_same_bytes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from src import frame
-from src.analysis import cost, curves
+from src.analysis import cost, curves, points
 from src.records import Record
 from src.report import comparison, latex, page, pivot
 from src.tracking import relog
@@ -58,10 +58,10 @@ def test_latex_has_the_word_and_the_reason(tmp_path: Path) -> None:
 
 def test_the_curve_has_a_gap_with_a_hollow_marker(figure: list[Any], tmp_path: Path) -> None:
     curves.robustness_curve(three(), tmp_path / "c.png")
-    lines = {tuple(line.get_xdata()): line for line in figure[0].axes[0].lines}
+    drawn = {tuple(line.get_xdata()): line for line in figure[0].axes[0].lines}
     (white,) = [x for x in figure[0].axes[0].lines if x.get_color() == curves.VERMILLION and len(x.get_xdata()) == 4]
     assert [math.isnan(y) for y in white.get_ydata()] == [False, False, True, False]
-    hollow = lines[(0.2,)]
+    hollow = drawn[(0.2,)]
     assert (hollow.get_ydata()[0], hollow.get_markerfacecolor()) == (35.0, "white")
     assert f"Hollow, not joined: unreliable ({FLAG}: {SAYS}" in words(figure[0])
     curves.robustness_curve(pair(), tmp_path / "c.png")
@@ -71,8 +71,8 @@ def test_the_curve_has_a_gap_with_a_hollow_marker(figure: list[Any], tmp_path: P
 def test_the_bare_classifier_is_not_doubted_for_what_one_defense_raised() -> None:
     sound, doubtful = cell(0.1, defense="vae"), doubt(cell(0.1, defense="jpeg"))
     for cells in ([sound, doubtful], [doubtful, sound]):
-        assert [p.sound for p in curves._bare_points(cells)] == [True, True]
-    assert [p.sound for p in curves._bare_points([doubtful])] == [True, False]
+        assert [p.sound for p in points.bare_points(cells)] == [True, True]
+    assert [p.sound for p in points.bare_points([doubtful])] == [True, False]
 
 
 def test_cost_leaves_it_out_and_says_so(figure: list[Any], tmp_path: Path) -> None:

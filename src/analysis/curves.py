@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import records as store
-from src.checks.flags import unreliable, why_unreliable
+from src.analysis.points import BARE, Point, bare_lines, bare_name, defended_lines, defense_name
+from src.checks.flags import why_unreliable
 from src.records import Record
 from src.tables import format_eps
 
@@ -28,22 +29,11 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
 _DEFENSES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _MARKERS = "os^Dv<>P"
 _STYLES = {"gray_box": (0, (4, 1.5)), "white_box": "solid"}
+_GREYS, _CROSSES = (BLACK, "#777777", "#AAAAAA"), "x+12"  # of the bare classifier, where it has several lines
 _NAMES = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": r"$\ell_0$"}
 _UNITS = {"linf": "largest change of a pixel, pixels in [0, 1]", "l0": "pixels changed"}
-_BARE = "no defense"
 FONT = 8  # points, at the printed size
 PANELS = 12  # of one figure, before it is divided
-
-
-@dataclass(frozen=True)
-class Point:
-    """An accuracy with its 95 % interval, fractions; ``sound`` if no decisive check was raised."""
-
-    eps: float
-    accuracy: float
-    low: float
-    high: float
-    sound: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,8 @@ def robustness_curve(records: Iterable[Record], path: Path) -> Path:
     for record in done:
         key = (record.dataset, record.classifier, record.attack, record.norm, record.targeted)
         panels.setdefault(key, []).append(record)
-    defenses = list(dict.fromkeys(_defense(r) for r in done if r.defense != "none"))
+    defenses = list(dict.fromkeys(defense_name(r) for r in done if r.defense != "none"))
+    bare = list(dict.fromkeys(name for r in done if (name := bare_name(r))))
 
     attacks = len({key[2:] for key in panels})  # a row per dataset where the attacks fit beside each other
     columns = 1 if len(panels) <= 1 else attacks if 2 <= attacks <= 3 else min(3, len(panels))
@@ -94,7 +85,7 @@ def robustness_curve(records: Iterable[Record], path: Path) -> Path:
         axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
         legend: dict[str, Any] = {}
         for axis, cells in zip(axes.flat, panels.values(), strict=False):
-            _panel(axis, cells, defenses, legend, alone=len(panels) == 1)
+            _panel(axis, cells, defenses, bare, legend, alone=len(panels) == 1)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         for axis in axes[:, 0]:
@@ -114,9 +105,9 @@ def _legend(figure: Any, legend: dict[str, Any], *, paired: bool) -> None:
     from matplotlib.lines import Line2D
 
     blank = Line2D([], [], linestyle="none")
-    entries = list(legend.items())
-    if paired and entries[0][0] == _BARE:
-        entries.insert(1, ("", blank))
+    entries = sorted(legend.items(), key=lambda entry: not entry[0].startswith(BARE))
+    if paired and (bare := sum(name.startswith(BARE) for name, _ in entries)) % 2:
+        entries.insert(bare, ("", blank))
     if not entries:
         return
     longest = max(len(name) for name, _ in entries)
@@ -172,16 +163,14 @@ def paper_style() -> Any:
     return matplotlib.rc_context({**sizes, **look, **tints})
 
 
-def _defense(record: Record) -> str:
-    return f"{record.defense} ({record.variant})" if record.variant else record.defense
-
-
-def _panel(axis: Axes, cells: Sequence[Record], defenses: list[str], legend: dict[str, Any], *, alone: bool) -> None:
+def _panel(
+    axis: Axes, cells: Sequence[Record], defenses: list[str], bare: list[str], legend: dict[str, Any], *, alone: bool
+) -> None:
     first = cells[0]
     radii = sorted({r.eps for r in cells if r.eps is not None and 0 < r.eps < math.inf})
     edge = radii[-1] if radii else 1.0
     infinite = edge * 1.2 if any(r.eps == math.inf for r in cells) else None
-    for line in _lines(cells, defenses):
+    for line in _lines(cells, defenses, bare):
         finite = [p if p.sound else Point(p.eps, math.nan, math.nan, math.nan) for p in line.points if p.eps < math.inf]
         look: dict[str, Any] = {"color": line.color, "marker": line.marker, "markersize": 3.6}
         (drawn,) = axis.plot(
@@ -198,7 +187,7 @@ def _panel(axis: Axes, cells: Sequence[Record], defenses: list[str], legend: dic
         for p in line.points:
             if not p.sound:
                 place = infinite if infinite is not None and math.isinf(p.eps) else p.eps
-                marker = "o" if line.marker == "x" else line.marker
+                marker = "o" if line.label.startswith(BARE) else line.marker
                 axis.plot(place, 100 * p.accuracy, marker, color=line.color, markersize=4.5, markerfacecolor="white")
             elif infinite is not None and math.isinf(p.eps):
                 bars = [[100 * (p.accuracy - p.low)], [100 * (p.high - p.accuracy)]]
@@ -235,51 +224,20 @@ def _ticks(axis: Axes, radii: Sequence[float], infinite: float | None, *, alone:
     axis.set_xlim(-0.03 * edge, (infinite or edge) + 0.05 * edge)
 
 
-def _lines(cells: Sequence[Record], defenses: list[str]) -> list[Line]:
-    """The bare classifier first, then each defense under each access; each seed is a line of its own."""
-    result = [
-        Line(_BARE, BLACK, (0, (1, 1.2)), "x", points)
-        for seed in sorted({r.seed for r in cells})
-        if (points := _bare_points([r for r in cells if r.seed == seed]))
-    ]
-    groups: dict[tuple[str, str, int], list[Record]] = {}
-    for record in cells:
-        if record.defense != "none":
-            groups.setdefault((_defense(record), record.access, record.seed), []).append(record)
-    for (defense, access, _), group in groups.items():
+def _lines(cells: Sequence[Record], defenses: list[str], bare: list[str]) -> list[Line]:
+    """The bare classifier first, then each defense under each access."""
+    result = []
+    for name, points in bare_lines(cells):
+        place = bare.index(name)
+        color, marker = _GREYS[place % len(_GREYS)], _CROSSES[place % len(_CROSSES)]
+        result.append(Line(name, color, (0, (1, 1.2)), marker, points))
+    for first, points in defended_lines(cells):
+        defense, access = defense_name(first), first.access
         place = defenses.index(defense)
         if len(defenses) == 1:
             color, marker, label = (VERMILLION, "s", access) if access == "white_box" else (BLUE, "o", access)
         else:
             color, marker = _DEFENSES[place % len(_DEFENSES)], _MARKERS[place % len(_MARKERS)]
             label = f"{defense}, {access}"
-        result.append(Line(label, color, _STYLES.get(access, "dashdot"), marker, _points(group)))
+        result.append(Line(label, color, _STYLES.get(access, "dashdot"), marker, points))
     return result
-
-
-def _points(group: Sequence[Record]) -> tuple[Point, ...]:
-    points = {}
-    for r in group:
-        if r.correct_defended is not None and r.n:
-            points[0.0] = Point(0.0, r.correct_defended / r.n, *store.wilson(r.correct_defended, r.n))
-    for r in group:
-        if r.eps is not None and r.robust_accuracy is not None:
-            low, high = r.robust_accuracy_low, r.robust_accuracy_high
-            here = r.robust_accuracy
-            bounds = here if low is None else low, here if high is None else high
-            points[r.eps] = Point(r.eps, here, *bounds, sound=not unreliable(r.flags))
-    return tuple(points[eps] for eps in sorted(points))
-
-
-def _bare_points(group: Sequence[Record]) -> tuple[Point, ...]:
-    """The bare classifier: gray_box images are aimed at it, and so is every cell of ``defense=none``."""
-    points = {}
-    for r in group:
-        if r.correct_bare is not None and r.n:
-            points[0.0] = Point(0.0, r.correct_bare / r.n, *store.wilson(r.correct_bare, r.n))
-    for r in group:
-        right = r.correct_attacked if r.defense == "none" else r.correct_attacked_bare
-        sound = not unreliable(r.flags)  # the same images met several defenses: what one of them raised is not all
-        if right is not None and r.eps is not None and r.n and (sound or r.eps not in points):
-            points[r.eps] = Point(r.eps, right / r.n, *store.wilson(right, r.n), sound=sound)
-    return tuple(points[eps] for eps in sorted(points)) if len(points) > 1 else ()
