@@ -27,7 +27,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
         ["attack=apgd", "attack.steps=7", "defense=autoencoder_pgd", "defense.trained_on.attack.steps=3"],
         ["defense=none", "classifier=cnn6", "classifier.fit.lr=1e-4", "threat=l2", "threat.targeted=true"],
         ["threat.access=transfer", "+classifier@surrogate=lenet", "surrogate.fit.epochs=2"],
-        ["trainer=ddp_cpu", "search_precision=bf16-mixed", "defense=chain", "eot_draws=2"],
+        ["trainer=ddp_cpu", "search_precision=bf16-mixed", "defense=chain", "eot_draws=2", "checks=full"],
         ["+experiment=cifar_pgd_vae", "classifier.checkpoint='x=1.pt'"],
     ],
     ids=["defaults", "paths", "nested", "norm", "transfer", "trainer", "experiment"],

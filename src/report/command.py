@@ -18,7 +18,7 @@ from src.records import Record
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 _GROUPS = ("dataset", "classifier", "defense", "attack")
-_PLAIN = ("seed", "eval_batch_size", "eot_draws", "search_precision", "split")
+_PLAIN = ("seed", "eval_batch_size", "eot_draws", "search_precision", "checks", "split")
 _MISSING = object()
 # Unquoted in Hydra's grammar, and nothing but a string there.
 _WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_/][\w./+%@-]*", re.IGNORECASE)
