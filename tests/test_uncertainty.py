@@ -87,6 +87,18 @@ def test_the_report_compares_seeds_and_defenses(tmp_path: Path) -> None:
     assert len([line for line in text.splitlines() if "| pgd " in line and line.count("|") == 12]) >= 2
 
 
+def test_a_defense_is_not_compared_under_another_attack_nor_with_itself() -> None:
+    cells = [
+        cell(right, n=100, defense=defense, key=f"{defense}{steps}", variant=f"attack.steps={steps},defense.x=1")
+        for defense, steps, right in (("vae", 10, 60), ("none", 10, 30), ("vae", 100, 40), ("none", 100, 5))
+    ]
+    cells += [cell(right, n=100, defense="chain", key=k, stages={"defense": k}) for k, right in (("a", 50), ("b", 20))]
+    held = {record.key: np.arange(100) < 100 * (record.robust_accuracy or 0) for record in cells}
+    assert {(each.best.key, each.other.key) for each in against_best(cells, held)} == {
+        ("vae10", "none10"), ("vae100", "none100"), ("a", "b")
+    }  # fmt: skip
+
+
 def test_one_seed_and_one_defense_need_no_further_section(tmp_path: Path) -> None:
     report.write_report([cell(50, n=100)], tmp_path, tmp_path)
     assert "##" not in (tmp_path / "results.md").read_text()
