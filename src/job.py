@@ -57,6 +57,7 @@ def run(cfg: DictConfig, settings: str) -> None:
     names = names_of(hydra.runtime.choices, hydra.overrides.task)
     started = time.perf_counter()
     done: list[Record] = []
+    radii: list[float] = []  # those of the job, once they are known
     try:
         (out / retry.MARK).unlink(missing_ok=True)
         for stale in (out / "records").glob(f"{FAILED}*.json"):  # of an earlier try in the same folder
@@ -68,11 +69,11 @@ def run(cfg: DictConfig, settings: str) -> None:
             _plan(job, names)
             return
         with leaving.on_sigterm():
-            _measure(job, names, out, done, in_sweep)
+            _measure(job, names, out, done, radii, in_sweep)
         retry.mark(out, settings, [record.key for record in done])
     except Exception as error:
         reason = explain(error)
-        for record in _failed(cfg, names, reason, done):
+        for record in _failed(cfg, names, reason, done, radii):
             records.save(record, out / "records")
         if not in_sweep:
             if not isinstance(error, UserError | OSError):
@@ -91,10 +92,14 @@ def _plan(job: config.Job, names: dict[str, str]) -> None:
     plan.show(pipeline.plan(job, Names(**names)))
 
 
-def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Record], in_sweep: bool) -> None:
+def _measure(
+    job: config.Job, names: dict[str, str], out: Path, done: list[Record], radii: list[float], in_sweep: bool
+) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
     from src import pipeline, report
+    from src.analyse import look
     from src.checks.across import across
+    from src.stages import Stages
     from src.subject import Names
     from src.terminal import print_table
     from src.tracking import NoTracker, relog
@@ -109,20 +114,28 @@ def _measure(job: config.Job, names: dict[str, str], out: Path, done: list[Recor
         "run_id": job.logger.get("run_id") or relog.run_id(names, settings),
     }  # fmt: skip
     tracker: NoTracker = NoTracker() if done else config.build(job.logger, "logger", **known)
+    bench = None
     with tracker:
         if not done:
-            for record in pipeline.run(job, Names(**names), out, tracker):
+            bench, asked = pipeline.prepare(job, Names(**names), Stages(Path(job.paths.artifacts)), tracker)
+            radii += asked
+            for record in pipeline.run(bench, asked, out):
                 done.append(record)
         done[:] = across(done)
         for record in done:
             records.save(record, out / "records")
-        if in_sweep and type(tracker) is NoTracker:
-            return  # the sweep draws its own figures; those of the job would be for its run
-        written = [*report.write_report(done, out / "records", out), *sorted(out.glob("analysis_*.png"))]
+        written: list[Path] = []
+        if not (in_sweep and type(tracker) is NoTracker):  # the sweep draws its own figures; these would be for W&B
+            written += report.write_report(done, out / "records", out)
+        if not in_sweep:
+            print_table(done)
         if type(tracker) is not NoTracker:
             relog.log_job(tracker, done, settings, [path for path in written if path.suffix == ".png"])
+        # Last: an analysis that fails takes nothing of the above with it.
+        for path in look(bench, tuple(radii), out) if bench else ():
+            tracker.log_image(path.stem, path)
+            written.append(path)
     if not in_sweep:
-        print_table(done)
         print("\nWritten:")
         wandb_runs = sorted((out / "wandb").glob("*run-*"))
         for path in [out / "records", *written, *wandb_runs]:
@@ -152,18 +165,22 @@ def names_of(choices: Mapping[str, Any], task: Iterable[str]) -> dict[str, str]:
     return names | {"variant": ",".join(variant)}
 
 
-def _failed(cfg: DictConfig, names: dict[str, str], reason: str, done: list[Record]) -> list[Record]:
-    """A record for each cell that was asked for and is not done."""
+def _failed(
+    cfg: DictConfig, names: dict[str, str], reason: str, done: list[Record], radii: list[float]
+) -> list[Record]:
+    """A record for each cell that was asked for and is not done; where all are, one in the name of the job."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     threat = plain.get("threat") or {}
-    eps: list[float | None]
-    try:
-        eps = [None] if threat.get("eps") is None else list(parse_eps_list(threat["eps"]))
-    except UserError:
-        eps = [None]
+    eps: list[float | None] = [*(radii or {record.eps for record in done})]
+    if not eps:  # it failed before the data could say what its usual ones are
+        try:
+            eps = [None] if threat.get("eps") is None else list(parse_eps_list(threat["eps"]))
+        except UserError:
+            eps = [None]
     access = threat.get("access")
     access = [str(a) for a in access] if isinstance(access, list) else [str(access)]
     have = {(record.eps, str(record.access)) for record in done}
+    left = [(e, a) for e in eps for a in access if (e, a) not in have]
     seed = plain.get("seed")
     common = {
         **names,
@@ -177,9 +194,7 @@ def _failed(cfg: DictConfig, names: dict[str, str], reason: str, done: list[Reco
     }
     return [
         Record(key=f"{FAILED}{content_key(**common, eps=e, access=a)}", eps=e, access=a, **common)
-        for e in eps
-        for a in access
-        if (e, a) not in have
+        for e, a in left or [(None, "")]
     ]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from src import fit
-from src.analyse import look
 from src.config import Job, build
 from src.data.base import ImageDataModule
 from src.errors import UserError
@@ -21,17 +20,11 @@ from src.tracking import NoTracker
 from src.trained import Workshop
 
 
-def run(job: Job, names: Names, out: Path, tracker: NoTracker) -> Iterator[Record]:
-    """Every cell of a job, each written to ``out/records`` as soon as it is known.
-
-    Raises:
-        UserError: input that cannot work, with one line for the user.
-    """
-    bench, radii = prepare(job, names, Stages(Path(job.paths.artifacts)), tracker)
+def run(bench: Bench, radii: tuple[float, ...], out: Path) -> Iterator[Record]:
+    """Every cell of a job, each written to ``out/records`` as soon as it is known."""
     for eps in radii:
-        for access in job.access:
+        for access in bench.job.access:
             yield bench.cell(eps, access, out / "records")
-    look(bench, radii, out)
 
 
 def recall(job: Job, names: Names, out: Path) -> list[Record]:
@@ -61,7 +54,11 @@ def plan(job: Job, names: Names) -> Plan:
 
 
 def prepare(job: Job, names: Names, stages: Stages, tracker: NoTracker) -> tuple[Bench, tuple[float, ...]]:
-    """Data, classifier and defense, trained or found, on the bench; and the radii to measure."""
+    """Data, classifier and defense, trained or found, on the bench; and the radii to measure.
+
+    Raises:
+        UserError: input that cannot work, with one line for the user.
+    """
     fit.check_devices(job.trainer)
     data = _data(job)
     data.eval_batch_size = job.eval_batch_size

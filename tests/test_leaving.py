@@ -9,14 +9,17 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 from pytorch_lightning import Callback
 
-from src import job, records, retry
+from src import job, records, report, retry
 from src.errors import UserError
+from src.measure import Bench
+from src.records import Record
 from src.stages import Stages, alone
 from tests.conftest import Outcome
 from tests.test_pipeline import QUIET, figures, ok
@@ -105,6 +108,58 @@ def test_retry_does_the_failed_jobs_only(command: Command, tmp_path: Path, monke
     assert "no earlier sweep of this command" in other.error_lines[0]
     ok(command(*(item.replace("0.2", "0.1") for item in sweep), "+retry=failed", f"hydra.sweep.dir={folder}"))
     assert started == [0, 1, 2]  # other settings in that folder are not done
+
+
+def test_what_fails_after_the_last_cell_is_a_row_and_takes_no_figure_with_it(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_pictures", lambda *_: [])  # half of this test's time
+    arguments = (*TINY, "limit.epochs=1", "defense=none", "threat.access=white_box", "analysis=distances")
+    swept = command("-m", *arguments)  # fgsm searches no smallest change: that analysis cannot be drawn
+    assert swept.code == 1
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    assert "1 of 2 cells failed" in swept.err
+    assert "analysis=distances" in (sweep / "results.csv").read_text()
+
+    single = command(*arguments)
+    assert single.code == 1
+    assert len(single.error_lines) == 1
+    (run,) = single.runs()
+    (row,) = [record for record in records.find([run]) if record.status == "failed"]
+    assert (row.eps, row.access) == (None, "")
+    assert "analysis=distances" in row.reason
+    assert ",done," in (run / "results.csv").read_text()
+    assert "white_box" in single.out  # the table
+
+
+def test_of_a_job_that_fails_midway_the_cells_that_are_left_are_rows(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Bench.cell
+    usual: list[float] = []
+
+    def unlucky(self: Bench, eps: float, *rest: Any) -> Record:
+        usual.append(eps)
+        if len(set(usual)) > 1:
+            raise RuntimeError("out of luck")
+        return cell(self, eps, *rest)
+
+    monkeypatch.setattr(Bench, "cell", unlucky)
+    outcome = command(*TINY, "limit.epochs=1", "defense=none", "threat.eps=null")
+    assert outcome.code == 1
+    found = records.find(outcome.runs())
+    assert [r.eps for r in found if r.status == "done"] == usual[:2]
+    left = {(r.eps, r.access) for r in found if r.status == "failed"}
+    assert None not in {eps for eps, _ in left}
+    assert not left & {(r.eps, r.access) for r in found if r.status == "done"}
+    assert (usual[-1], "white_box") in left
+
+    monkeypatch.setattr(Bench, "cell", cell)
+    monkeypatch.setattr(report, "write_report", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    outcome = command(*TINY, "limit.epochs=1", "defense=none", "threat.eps=null", "hydra.run.dir=full")
+    assert outcome.code == 1
+    found = records.find([outcome.folder / "full"])
+    assert [(r.eps, r.access) for r in found if r.status == "failed"] == [(None, "")]  # all the cells are done
 
 
 def test_a_mark_that_cannot_be_read_settles_nothing(tmp_path: Path) -> None:
