@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import leaving, nodes, retry
+from src.callbacks import results_table
 from src.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -44,6 +45,7 @@ def main() -> None:
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     # With this Hydra raises its errors instead of printing several lines and leaving, so that we can say them in one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    results_table.under_way = None
     try:
         with leaving.on_sigterm():
             if nodes.join(sys.argv[1:]):
@@ -52,8 +54,14 @@ def main() -> None:
             entry()
     except KeyboardInterrupt as error:
         _leave(*leaving.farewell(error))
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        if wants_traceback:
+    except Exception as error:
+        wrong = isinstance(error, UserError | HydraException | OmegaConfBaseException)
+        if (sweep := results_table.under_way) is not None and not wrong:
+            # The launcher gave up, since a worker was killed: what the jobs have done so far is on disk.
+            results_table.finish(sweep, f"the sweep ended early, go on with {retry.FLAG} ({_named(error)})")
+            if not wants_traceback:
+                sys.exit(1)
+        if wants_traceback or not (wrong or isinstance(error, OSError)):
             raise
         _leave(_one_line(error), 1)
 
@@ -74,6 +82,10 @@ def _one_line(error: Exception) -> str:
         glue = ": " if line.startswith("Available options") else " "
         folded += (glue if folded else "") + line
     return folded
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _misspelled(key: str) -> str | None:

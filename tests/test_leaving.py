@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from pytorch_lightning import Callback
 
 from src import job, records, report, retry
@@ -160,6 +162,36 @@ def test_of_a_job_that_fails_midway_the_cells_that_are_left_are_rows(
     assert outcome.code == 1
     found = records.find([outcome.folder / "full"])
     assert [(r.eps, r.access) for r in found if r.status == "failed"] == [(None, "")]  # all the cells are done
+
+
+def test_a_launcher_that_gives_up_leaves_a_table_and_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As joblib's and submitit's do when one of their workers is killed."""
+    launcher = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_launcher.BasicLauncher"]
+    launch = launcher.launch
+
+    def killed(self: Any, jobs: Any, initial_job_idx: int) -> Any:
+        launch(self, jobs[:1], initial_job_idx)
+        sweep = Path(self.config.hydra.sweep.dir)
+        shutil.copytree(sweep / "0" / ".hydra", sweep / "1" / ".hydra")  # a job before its first cell
+        (sweep / "0" / "done.json").unlink()  # one before its last
+        raise RuntimeError("A worker process\nwas unexpectedly terminated")
+
+    monkeypatch.setattr(launcher, "launch", killed)
+    monkeypatch.setattr(report, "_pictures", lambda *_: [])
+    ended = command("-m", *TINY, "limit.epochs=1", "defense=none", "threat.access=white_box", "threat.eps=0.1,0.2,0.3")
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    (line,) = ended.error_lines
+    assert "RuntimeError: A worker process was unexpectedly terminated" in line
+    assert "+retry=failed" in line
+    assert "2 of 3 cells failed" in line
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    assert (sweep / "results.csv").read_text().count("left no record of its end") == 2
+
+    refused = command("-m", *TINY, "defence=none,jpeg", f"hydra.sweep.dir={sweep}")
+    assert "cells failed" not in refused.err  # wrong input is no sweep that ended early
 
 
 def test_a_mark_that_cannot_be_read_settles_nothing(tmp_path: Path) -> None:

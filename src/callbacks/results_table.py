@@ -2,7 +2,8 @@
 
 Hydra calls this only if no job raised: its sweepers raise the first failure again and then skip
 ``on_multirun_end``. So a job that raises is turned into a failed record here (``on_job_end``, in the job's own
-process), and the exit code is set when the table is out.
+process), and the exit code is set when the table is out. Where a launcher raises, since one of its workers was killed,
+``src.train`` asks for the table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # a callback is built for every command, also for --cfg job: 
 log = logging.getLogger(__name__)
 SHOWN = 1000  # cells printed at most; the files have all
 _JOB = "job-"  # how the keys of failed jobs begin; those of cells are hashes
+SILENT = "the job left no record of its end: killed, or still at work elsewhere"
+under_way: DictConfig | None = None  # config of the sweep that this process has begun
 
 
 class ResultsTable(Callback):
@@ -35,7 +38,9 @@ class ResultsTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """With ``+plan=true`` say what the sweep would do, and leave: after an exception here Hydra would go on."""
+        global under_way
         if not config.get("plan"):
+            under_way = config
             return compose_once(config)
         try:
             from src import plan, sweep
@@ -81,24 +86,31 @@ class ResultsTable(Callback):
 
         Hydra turns an exception of a callback into a warning and exits with 0: hence SystemExit.
         """
-        try:
-            failed = gather(config)
-        except Exception as error:
-            log.debug("results table", exc_info=True)
-            print(f"error: no results table: {type(error).__name__}: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
-        if failed:
+        if not finish(config):
             raise SystemExit(1)
 
 
-def gather(config: DictConfig) -> int:
+def finish(config: DictConfig, ended: str = "") -> bool:
+    """Gather, and say whether all is well; ``ended`` is why the sweep came to no end of its own."""
+    global under_way
+    under_way = None
+    try:
+        return gather(config, ended) == 0 and not ended
+    except Exception as error:
+        log.debug("results table", exc_info=True)
+        why = f"{ended}; " if ended else ""
+        print(f"error: {why}no results table: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+
+
+def gather(config: DictConfig, ended: str = "") -> int:
     """Do all of the above for a finished sweep and return how many cells failed."""
     from src.checks.across import across
     from src.report import write_report
     from src.terminal import print_table
 
     sweep = Path(config.hydra.sweep.dir)
-    records, problems = collect(sweep)
+    records, problems = collect(sweep, whole=not ended)
     records = across(records)
     shown = records if len(records) <= SHOWN else [record for record in records if record.status == "failed"][:SHOWN]
     if len(shown) < len(records):
@@ -113,9 +125,10 @@ def gather(config: DictConfig) -> int:
         print(path)
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
-    if failed or problems:
+    if failed or problems or ended:
         unread = f", {len(problems)} records could not be read" if problems else ""
-        print(f"error: {failed} of {len(records)} cells failed{unread}; the notes say why", file=sys.stderr)
+        why = f"{ended}; so far " if ended else ""
+        print(f"error: {why}{failed} of {len(records)} cells failed{unread}; the notes say why", file=sys.stderr)
     return failed + len(problems)
 
 
@@ -147,11 +160,15 @@ def log_results(config: DictConfig, sweep: Path, records: list[Record], paths: l
         print(f"warning: the results were not logged ({type(error).__name__}: {error})", file=sys.stderr)
 
 
-def collect(sweep: Path) -> tuple[list[Record], list[str]]:
-    """All records under a sweep, and what could not be read. A job that left none becomes a failed row."""
+def collect(sweep: Path, *, whole: bool = True) -> tuple[list[Record], list[str]]:
+    """All records under a sweep, and what could not be read. A job that left none becomes a failed row.
+
+    Of a sweep that is not ``whole`` so does one that left some, but neither a failed one nor the mark of a done job.
+    """
     from omegaconf import OmegaConf
 
     from src import records as store
+    from src import retry
     from src.errors import UserError
 
     found: dict[str, Record] = {}
@@ -163,14 +180,16 @@ def collect(sweep: Path) -> tuple[list[Record], list[str]]:
         except UserError as error:
             problems.append(str(error))
             continue
-        reporting.add(file.parent.parent)
+        job = file.parent.parent
+        if whole or record.status == "failed" or (job / retry.MARK).exists():
+            reporting.add(job)
         if record.key not in found or record.created >= found[record.key].created:
             found[record.key] = record
     for job in sorted({file.parent.parent for file in sweep.rglob(".hydra/hydra.yaml")} - reporting):
         config: Any = OmegaConf.load(job / ".hydra" / "config.yaml")
         hydra: Any = OmegaConf.load(job / ".hydra" / "hydra.yaml")
         choices = OmegaConf.select(hydra, "hydra.runtime.choices") or {}
-        record = failure(job, config, choices, "the job left no record: killed, or stopped before its first cell")
+        record = failure(job, config, choices, SILENT)
         found[record.key] = record
     return sorted(found.values(), key=store.order), problems
 
