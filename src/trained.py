@@ -27,6 +27,7 @@ from src.recipe import Recipe
 from src.stages import Stages
 from src.threat import Norm, ThreatModel, parse_eps
 from src.tracking import NoTracker
+from src.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -73,17 +74,18 @@ class Workshop:
         network = self._network(choice, group)
         smoothing = trained.label_smoothing
         module = Classifier(network=network, num_classes=self.data.spec.num_classes, label_smoothing=smoothing)
+        about: dict[str, Any] = {"node": node}
         if trained.checkpoint is not None:
-            key = self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint")
+            key = self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint", about)
         if getattr(network, "is_trained", False):  # somebody's own: its code counts as well as its weights
             module.eval()
-            return module, f"own-{own.digest(network)}"
+            return module, f"own-{content_key(**about, network=own.digest(network))}"
         if trained.checkpoint is not None:
             return module, key
         if trained.fit is None:
             raise UserError(f"{group}.fit: missing; it says how to train, see conf/fit/default.yaml")
         what = f"{what} on {self.data.spec.name}"
-        about = {"node": node, "smoothing": smoothing}
+        about["smoothing"] = smoothing
         return module, self._trained("classifier", module, trained.fit, what, about, seed=seed)
 
     def defense(self, name: str, classifier: Classifier, classifier_key: str) -> tuple[DefendedModel, str]:
@@ -115,7 +117,7 @@ class Workshop:
         if "fresh" in wanted:
             about["fresh"] = split(self.job.classifier, "classifier")[0]
         if trained.checkpoint is not None:
-            return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint")
+            return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint", about)
         if trained.fit is None:
             return module, content_key(**about, source=source_digest(type(module), within="src.defenses"))
         callbacks = self._trained_on(trained, group, module, classifier, classifier_key, about)
@@ -175,7 +177,6 @@ class Workshop:
             "fpr": defended.fpr,
             "fixed": [each.threshold for each in defended.detections],
             "data": self.data.train_fingerprint,
-            "choice": self.job.defense,  # weights of one's own do not say what else was chosen
             "seed": self.job.seed,
             "source": source_digest(*_networks(defended), loaders, within="src.defenses"),
         }
@@ -245,52 +246,17 @@ class Workshop:
         return key
 
     @staticmethod
-    def _own_weights(module: LightningModule, path: Path, key: str) -> str:
-        """Weights that the user brings; their key is their content."""
+    def _own_weights(module: LightningModule, path: Path, key: str, about: dict[str, Any]) -> str:
+        """Weights that the user brings; their key is their content, ``about`` and the source of what they are in."""
         load_weights(module, path, f"{key}={path}")
         module.eval()
-        return f"own-{file_digest(path)[:16]}"
+        source = source_digest(type(module), *_networks(module), within="src.defenses")
+        return f"own-{content_key(**about, weights=file_digest(path), source=source)}"
 
 
 def _spread(count: int, most: int = 5000) -> list[int]:
     """Positions all over a split, which may be in order of class."""
     return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
-
-
-def load_weights(module: torch.nn.Module, path: Path, where: str) -> None:
-    """A state dict, bare or inside a Lightning checkpoint, into a module of the same architecture.
-
-    Raises:
-        UserError: absent, damaged, a pickle that would run code, or of another architecture.
-    """
-    if not path.is_file():
-        raise UserError(f"{where}: no such file; expected weights saved with torch.save(module.state_dict(), path)")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise UserError(
-                f"{where}: holds more than tensors and could run code; expected a plain state dict"
-            ) from None
-        raise UserError(
-            f"{where}: damaged or not a checkpoint ({type(error).__name__}); expected a state dict"
-        ) from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{where}: not a state dict; expected names with tensors")
-    wanted = module.state_dict()
-    prefix = "network."
-    if not set(state) & set(wanted) and all(prefix + name in wanted for name in state):
-        state = {prefix + name: value for name, value in state.items()}
-    wrong = sorted(
-        name for name in set(wanted) | set(state)
-        if name not in wanted or name not in state or wanted[name].shape != state[name].shape
-    )  # fmt: skip
-    if wrong:
-        raise UserError(
-            f"{where}: of another architecture; {len(wrong)} of {len(wanted)} tensors differ, first {wrong[0]}"
-        )
-    module.load_state_dict(state)
 
 
 def _networks(module: LightningModule) -> list[type]:
