@@ -88,3 +88,20 @@ def test_a_module_of_ones_own_is_known_by_its_name_as_well() -> None:
     names = ("tests.test_keys:small", "tests.test_keys:great")
     keys = {planned("classifier=own", f"classifier.model={name}", "defense=none").keys["classifier"] for name in names}
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "same"),
+    [
+        (("trainer=ddp_cpu",), True),
+        (("trainer=debug", "trainer.enable_progress_bar=true"), True),
+        (("callbacks=default",), True),
+        (("+trainer.limit_train_batches=2",), False),
+        (("+trainer.gradient_clip_val=0.5",), False),
+        (("+callbacks.swa._target_=pytorch_lightning.callbacks.StochasticWeightAveraging",), False),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_the_trainer_and_callbacks_change_names_a_training(overrides: tuple[str, ...], same: bool) -> None:
+    plain, other = trainings(), trainings(*overrides)
+    assert {kind: plain[kind] == other[kind] for kind in plain} == {"classifier": same, "defense": same}

@@ -34,17 +34,17 @@ TINY = (
 
 
 class Told(Callback):
-    """SIGTERM in the middle of the second epoch, or Ctrl-C when a training has stopped early."""
+    """SIGTERM in the middle of the second epoch, or Ctrl-C when a training has stopped early, if a file says so."""
 
     def __init__(self, *, when: str) -> None:
         self.when = when
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if self.when == "epoch" and trainer.current_epoch == 1:
+        if Path("tell").exists() and self.when == "epoch" and trainer.current_epoch == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if self.when == "stopped" and trainer.should_stop:
+        if Path("tell").exists() and self.when == "stopped" and trainer.should_stop:
             raise KeyboardInterrupt
 
 
@@ -52,13 +52,16 @@ class Told(Callback):
 def test_a_training_told_to_leave_ends_as_one_that_was_not(command: Command, tmp_path: Path, when: str) -> None:
     # A learning rate that spoils the weights: no epoch after the first is better, and patience ends soon.
     more = ("classifier.fit.lr=1.0", "classifier.fit.patience=1", "limit.epochs=8") if when == "stopped" else ()
-    ok(command(*TINY, *more, "paths.artifacts=undisturbed"))
-    told = command(*TINY, *more, f"+callbacks.told._target_={__name__}.Told", f"+callbacks.told.when={when}")
+    arguments = (*TINY, *more, f"+callbacks.told._target_={__name__}.Told", f"+callbacks.told.when={when}")
+    ok(command(*arguments, "paths.artifacts=undisturbed"))
+    (tmp_path / "tell").touch()
+    told = command(*arguments)
+    (tmp_path / "tell").unlink()
     assert told.code == (143 if when == "epoch" else 130)
     assert told.error_lines == [told.err.strip().splitlines()[-1]]
     assert "run the same command again" in told.err
     assert "Traceback" not in told.err
-    assert "resuming" in ok(command(*TINY, *more)).out
+    assert "resuming" in ok(command(*arguments)).out
     for name in ("weights.pt", "metrics.csv"):
         one, two = (next(tmp_path.glob(f"{place}/classifier/[!.]*/{name}")) for place in ("undisturbed", "artifacts"))
         if name == "weights.pt":

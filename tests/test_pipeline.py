@@ -136,27 +136,29 @@ def test_training_over_two_processes(tmp_path: Path) -> None:
 
 
 class Interrupt(Callback):
-    """Ctrl-C in the second epoch, or in the second pass over the test images."""
+    """Ctrl-C in the second epoch, or in the second pass over the test images, as long as a file says so."""
 
     def __init__(self, *, when: str) -> None:
         self.when = when
         self.passes = 0
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        if self.when == "fit" and trainer.current_epoch == 1:
+        if Path("stop").exists() and self.when == "fit" and trainer.current_epoch == 1:
             raise KeyboardInterrupt
 
     def on_test_start(self, trainer, pl_module) -> None:
-        if self.when == "test" and any((Path("artifacts") / "records").glob("*.json")):
+        if Path("stop").exists() and self.when == "test" and any((Path("artifacts") / "records").glob("*.json")):
             raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("when", ["fit", "test"])
 def test_ctrl_c_leaves_what_the_second_run_goes_on_from(command: Command, tmp_path: Path, when: str) -> None:
-    arguments = (*SMALL, "threat.eps=0.2", "classifier.dropout=0.2", "defense=feature_squeezing")
+    stop = (f"+callbacks.stop._target_={__name__}.Interrupt", f"+callbacks.stop.when={when}")
+    arguments = (*SMALL, "threat.eps=0.2", "classifier.dropout=0.2", "defense=feature_squeezing", *stop)
     ok(command(*arguments, "paths.artifacts=undisturbed"))
-    stop = [f"+callbacks.stop._target_={__name__}.Interrupt", f"+callbacks.stop.when={when}"]
-    stopped = command(*arguments, *stop)
+    (tmp_path / "stop").touch()
+    stopped = command(*arguments)
+    (tmp_path / "stop").unlink()
     assert stopped.code != 0
     assert "interrupted" in stopped.err
     assert "Traceback" not in stopped.err
