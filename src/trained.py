@@ -121,15 +121,23 @@ class Workshop:
             ]
             chain: Defense = build(node, group, parts=[part for part, _ in made])
             return chain, content_key(node=node, parts=[key for _, key in made], source=source_digest(type(chain)))
-        torch.manual_seed(self.job.seed)
-        facts = {"classifier": classifier, "fresh": lambda: self._network(self.job.classifier, "classifier")}
-        module: Defense = build(node, group, **self.shape, **facts)
+        facts: dict[str, Any] = {
+            "classifier": classifier,
+            "fresh": lambda: self._network(self.job.classifier, "classifier"),
+        }
         about: dict[str, Any] = {"node": node}
         wanted = asked(node, group)
         if "classifier" in wanted:
             about["classifier"] = classifier_key
         if "fresh" in wanted:
             about["fresh"] = split(self.job.classifier, "classifier")[0]
+            if getattr(
+                classifier.network, "is_trained", False
+            ):  # training begins with weights that are not in the node
+                torch.manual_seed(self.job.seed)
+                about["start"] = own.digest(facts["fresh"]())
+        torch.manual_seed(self.job.seed)
+        module: Defense = build(node, group, **self.shape, **facts)
         if trained.checkpoint is not None:
             return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint", about)
         if trained.fit is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,25 @@ def test_a_module_of_ones_own_is_known_by_its_name_as_well() -> None:
     names = ("tests.test_keys:small", "tests.test_keys:great")
     keys = {planned("classifier=own", f"classifier.model={name}", "defense=none").keys["classifier"] for name in names}
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize("defense", ["adversarial_training", "distillation"])
+def test_a_module_of_ones_own_is_where_hardening_starts_and_stays_as_it_is(defense: str) -> None:
+    mine = importlib.import_module("tests.test_keys").small
+    arguments = ("classifier=own", "classifier.model=tests.test_keys:small", f"defense={defense}")
+    bench = planned(*arguments)
+    hardened = bench.subject.defended.defense
+    networks = [mine, bench.subject.classifier.network, hardened.network]
+    networks += [hardened.teacher] if defense == "distillation" else []
+    assert len({network.layer.weight.data_ptr() for network in networks}) == len(networks)
+    assert all(torch.equal(network.layer.weight, mine.layer.weight) for network in networks)
+    trained, again = trainings(*arguments), trainings(*arguments)
+    with torch.no_grad():
+        mine.layer.bias += 1
+    try:
+        assert trained == again != trainings(*arguments)
+    finally:
+        torch.nn.init.zeros_(mine.layer.bias)
 
 
 @pytest.mark.parametrize(

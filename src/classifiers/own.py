@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
@@ -19,9 +20,10 @@ def load(*, model: str) -> nn.Module:
     """A network ``(B, C, H, W) in [0, 1] → logits`` that is not trained here.
 
     Args:
-        model: ``package.module:name`` of a module or of a callable without arguments that returns one; it normalises
-            its input itself. ``torchvision:resnet50`` and ``timm:resnet50`` are those libraries' pretrained models,
-            with their normalisation put in front; the images have to have the size they were trained on.
+        model: ``package.module:name`` of a module, which is copied, or of a callable without arguments that returns
+            one; it normalises its input itself. ``torchvision:resnet50`` and ``timm:resnet50`` are those libraries'
+            pretrained models, with their normalisation put in front; the images have to have the size they were
+            trained on.
 
     Raises:
         UserError: it cannot be imported or made, or is no module.
@@ -32,7 +34,8 @@ def load(*, model: str) -> nn.Module:
     else:
         try:
             found = getattr(importlib.import_module(source), name)
-            network = found if isinstance(found, nn.Module) else found()
+            # A copy: a defense may train what it gets, and the next job wants the module as it was.
+            network = copy.deepcopy(found) if isinstance(found, nn.Module) else found()
         except Exception as error:  # it is someone else's code
             raise UserError(
                 f"classifier.model={model}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}). "

@@ -5,7 +5,8 @@ declares how gradients pass through it; the adaptive (white_box) attack is deriv
 
 Facts of the data and models come to a class that asks for them by a keyword without default: ``channels``, ``size``,
 ``num_classes``, ``mean``, ``std``; ``classifier``, the trained bare classifier; ``fresh``, a callable that makes a
-network of the classifier's kind, as it is before its training (torchvision's with ``weights`` has those).
+network of the classifier's kind, as it is before its training (torchvision's with ``weights`` has those, and
+``classifier=own`` gives what its ``model`` gives, trained or not).
 
 One that can make images out of nothing says so by a method ``samples_to_show(count, generator)``, which returns
 ``(count, C, H, W)`` in [0, 1] and the classes they were asked to be of, ``(count,)``, or None. ``analysis=samples``
