@@ -1,8 +1,9 @@
 """Anybody's model, judged: ``python -m src.audit TARGET --dataset digits [KEY=VALUE ...]``.
 
 TARGET is one of: ``package.module:callable`` that gives a torch module (images in [0, 1] → logits); the ``weights.pt``
-of a stage of ours, classifier or defense; the output folder of a run; a state dict, with ``classifier=NAME`` or
-``--config`` to say of what; the name of a pretrained model of torchvision, or of timm where it is installed.
+of a stage of ours, classifier or defense (what its training does not read, such as the votes, is as in its config
+unless given); the output folder of a run; a state dict, with ``classifier=NAME`` or ``--config`` to say of what; the
+name of a pretrained model of torchvision, or of timm where it is installed.
 """
 
 from __future__ import annotations

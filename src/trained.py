@@ -33,16 +33,9 @@ log = logging.getLogger(__name__)
 
 # Of the trainer and the callbacks: where it runs and what is shown of it. The rest changes what is learnt.
 PLACED = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "detect_anomaly",
-    "profiler",
-    "default_root_dir",
-)
+    "accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary", "detect_anomaly",
+    "profiler", "default_root_dir",
+)  # fmt: skip
 SHOWN = ("src.callbacks.progress.Progress",)
 
 
@@ -144,7 +137,10 @@ class Workshop:
             return module, content_key(**about, source=source_digest(type(module), within="src.defenses"))
         callbacks = self._trained_on(trained, group, module, classifier, classifier_key, about)
         what = f"defense {name} on {self.data.spec.name}"
-        return module, self._trained("defense", module, trained.fit, what, about, callbacks)
+        later = {argument: value for argument, value in node.items() if argument in module.at_test}
+        about["node"] = {argument: value for argument, value in node.items() if argument not in later}
+        key = self._trained("defense", module, trained.fit, what, about, callbacks)
+        return module, content_key(training=key, at_test=later) if later else key
 
     def _trained_on(
         self,

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from src import pipeline
 from src.audit import composed
+from src.config import locate
 from src.measure import Bench
 from src.stages import Stages
 from src.subject import Names
+from src.threat import Access
 from src.tracking import NoTracker
+from src.train import CONF
 
 QUIET = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 
@@ -125,3 +129,62 @@ def test_a_module_of_ones_own_is_where_hardening_starts_and_stays_as_it_is(defen
 def test_what_the_trainer_and_callbacks_change_names_a_training(overrides: tuple[str, ...], same: bool) -> None:
     plain, other = trainings(), trainings(*overrides)
     assert {kind: plain[kind] == other[kind] for kind in plain} == {"classifier": same, "defense": same}
+
+
+# Of each defense with arguments that its training does not read: other values of them, and another argument.
+LATER = {
+    "smoothing": ("votes=3 alpha=0.01 select_draws=10 certify_draws=20 certify_images=5", "sigma=0.3"),
+    "rbf": ("fpr=0.1", "margin=5"),
+    "vae": ("sample=true", "beta=0.5"),
+    "vae_kl": ("fpr=0.1 threshold=0.3", "beta=0.5"),
+    "magnet": ("detectors=[l1] temperatures=[20] reform=false fpr=0.1", "noise=0.2"),
+    "diffusion": ("eta=1.0 gradient=bpda", "steps=3"),
+    "defense_gan": ("restarts=2 steps=5 backward=unrolled", "rate=5.0"),
+}
+
+
+def test_every_defense_that_declares_arguments_of_the_test_is_held_to_it_here() -> None:
+    declared = {}
+    for path in (CONF / "defense").glob("*.yaml"):
+        node = yaml.safe_load(path.read_text())
+        if "_target_" in node and (names := locate(node, "defense").at_test):
+            declared[path.stem] = names
+            assert names <= node.keys(), "what is not in the YAML cannot be told from the rest"
+    assert declared == {name: {item.partition("=")[0] for item in later.split()} for name, (later, _) in LATER.items()}
+
+
+@pytest.mark.parametrize("defense", LATER)
+def test_arguments_that_training_does_not_read_find_the_training_and_nothing_else(defense: str) -> None:
+    later, other = LATER[defense]
+    arguments = (f"defense={defense}", "attack=cw", "threat=l2", "threat.eps=1", "threat.access=white_box")
+    one = planned(*arguments)
+    two = planned(*arguments, *(f"defense.{item}" for item in later.split()))
+    three = planned(*arguments, f"defense.{other}")
+    made = []
+    for bench in (one, two, three):
+        cell = bench.planned(1.0, Access.WHITE_BOX)["key"]
+        kinds = {stage["kind"]: key for key, stage in bench.stages.asked.items()}
+        made.append({"cell": cell, "defense": kinds["defense"], "key": bench.keys["defense"], **kinds})
+    assert made[0]["defense"] == made[1]["defense"] != made[2]["defense"]
+    assert len({each["key"] for each in made}) == 3  # of which the certificate's key is made as well
+    assert len({each["cell"] for each in made}) == 3
+    assert len({each["examples"] for each in made}) == 3
+    assert len({each.get("thresholds", number) for number, each in enumerate(made)}) == 3
+
+
+@pytest.mark.parametrize("defense", LATER)
+def test_training_does_not_read_what_its_key_leaves_out(defense: str) -> None:
+    arguments = [*QUIET, f"defense={defense}", "limit.epochs=2", "limit.train_images=48", "limit.test_images=10"]
+    torch.save(planned(*arguments).subject.classifier.state_dict(), "w.pt")
+    arguments += ["classifier.checkpoint=w.pt", "dataset.validation=0.2", "defense.fit.batch_size=16"]
+    found = []
+    for place, later in (("one", ()), ("two", LATER[defense][0].split())):
+        job, chosen = composed([*arguments, *(f"defense.{item}" for item in later)])
+        names = Names(**{kind: chosen[kind] for kind in ("dataset", "classifier", "defense", "attack")})
+        pipeline.prepare(job, names, Stages(Path(place)), NoTracker())
+        (folder,) = Path(place).glob("defense/[!.]*")
+        weights = torch.load(folder / "weights.pt", weights_only=True)
+        found.append((weights, (folder / "metrics.csv").read_text()))
+    (one, curves), (two, again) = found
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert curves == again

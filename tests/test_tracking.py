@@ -19,7 +19,7 @@ import pytest
 from src import tracking
 from src.frame import COLUMNS
 from src.records import Record
-from src.tracking import CSVTracker, NoTracker, Tracker
+from src.tracking import CSVTracker, NoTracker, Tracker, relog
 
 
 def cell(eps: float, **changes: Any) -> Record:
@@ -245,6 +245,17 @@ def test_csv_writes_a_file_for_each_stage(tmp_path: Path) -> None:
     for stage in ("classifier", "defense"):
         assert "0.5" in (tmp_path / "metrics" / stage / "metrics.csv").read_text()
     assert (tmp_path / "metrics" / "late" / "metrics.csv").read_text().splitlines()[0] == "step,loss,accuracy"
+
+
+def test_the_curves_of_a_defense_are_those_of_the_training_it_used(tmp_path: Path) -> None:
+    """Its own key says how it is used as well, and no stage bears it."""
+    folder = tmp_path / "artifacts" / "defense" / "training"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("epoch,step,train_loss\n0,9,3\n")
+    used = cell(0.1, stages={"classifier": "c", "defense": "d"}, uses=["c", "training", "thresholds"])
+    with CSVTracker(dir=str(tmp_path / "run")) as tracker:
+        relog.log_job(tracker, [used], {"paths": {"artifacts": str(tmp_path / "artifacts")}}, [])
+    assert [path.parent.name for path in tmp_path.glob("run/metrics/*/metrics.csv")] == ["defense"]
 
 
 @pytest.mark.parametrize("name", ["wandb", "csv", "none"])

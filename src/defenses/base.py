@@ -46,11 +46,14 @@ class Defense(LightningModule, ABC):
         stochastic: the output varies from call to call, so the attacker averages over draws (EOT).
         replaces: it answers in place of the classifier it guards, and never asks that one.
         monitor: validation figure that chooses the checkpoint, and whether more (``max``) or less is better.
+        at_test: arguments that neither the first weights, nor training, nor its validation depend on: other values of
+            them find the training again.
     """
 
     gradient: Gradient = "exact"
     stochastic: bool = False
     replaces: bool = False
+    at_test: frozenset[str] = frozenset()
     monitor: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
     recipe: Recipe | None = None  # set by the trainer of stages
     threat: ThreatModel | None = None  # norm and radius of `trained_on`, set likewise

@@ -41,7 +41,9 @@ def log_job(tracker: NoTracker, records: Sequence[Record], config: Mapping[str, 
     tracker.log_config({**config, "cell": cell})
     root = Path(str((config.get("paths") or {}).get("artifacts", "artifacts")))
     for kind, key in first.stages.items():
-        tracker.log_curves(training.read(root / kind / key / "metrics.csv"), kind)
+        # A defense's key may say more than that of its training, which is among the stages used.
+        for each in dict.fromkeys([key, *(first.uses if kind == "defense" else [])]):
+            tracker.log_curves(training.read(root / kind / each / "metrics.csv"), kind)
     tracker.log_radii(_radii(records))
     tracker.log_table(records)
     for path in pictures:

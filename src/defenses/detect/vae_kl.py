@@ -31,6 +31,7 @@ class VAEKL(Detector):
     """
 
     gradient = "exact"
+    at_test = frozenset({"fpr", "threshold"})
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ class RBF(Harden):
         UserError: a network without ``features``.
     """
 
+    at_test = frozenset({"fpr"})
+
     def __init__(
         self,
         *,

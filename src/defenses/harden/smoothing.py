@@ -37,6 +37,7 @@ class Smoothing(Harden):
     """
 
     stochastic = True
+    at_test = frozenset({"votes", "alpha", "select_draws", "certify_draws", "certify_images"})
 
     def __init__(
         self,

@@ -49,6 +49,8 @@ class DefenseGAN(WassersteinGAN, Purifier):
         UserError: images under 8x8, fewer candidates than restarts.
     """
 
+    at_test = frozenset({"restarts", "steps", "backward"})  # validation searches too, with steps of its own
+
     def __init__(
         self,
         *,

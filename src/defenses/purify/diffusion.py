@@ -46,6 +46,7 @@ class Diffusion(Purifier):
     """
 
     stochastic = True
+    at_test = frozenset({"eta", "gradient"})
 
     def __init__(
         self,

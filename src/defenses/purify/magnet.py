@@ -46,6 +46,7 @@ class MagNet(Defense):
     """
 
     gradient = "exact"
+    at_test = frozenset({"detectors", "temperatures", "reform", "fpr"})
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class VAE(Purifier):
     """
 
     gradient = "exact"
+    at_test = frozenset({"sample"})
 
     def __init__(
         self,
