@@ -113,7 +113,7 @@ def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **
 def check_devices(config: Mapping[str, Any]) -> None:
     accelerator, strategy = config.get("accelerator", "auto"), str(config.get("strategy", "auto"))
     devices = config.get("devices", "auto")
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).lstrip("-").isdigit() else 1
+    count = _count(devices, torch.cuda.device_count() if accelerator in ("gpu", "cuda", "auto") else 1)
     if strategy not in ("auto", "ddp_spawn", "ddp_fork"):
         raise UserError(
             f"trainer.strategy={strategy}: it would run this command again in every process, and a sweep would test a "
@@ -143,6 +143,17 @@ def check_devices(config: Mapping[str, Any]) -> None:
         )
     if several > 1 and devices in ("auto", -1, "-1"):
         raise UserError(f"trainer.devices={devices}: with trainer.num_nodes={several} say how many each node gives")
+
+
+def _count(devices: Any, found: int) -> int:
+    """How many devices are asked for, of those that are ``found``; one where Lightning chooses or refuses."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [each for each in devices.split(",") if each.strip()]
+    if isinstance(devices, list):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return max(1, found)
+    return int(devices) if str(devices).isdigit() else 1
 
 
 def nodes_of(config: Mapping[str, Any]) -> int:

@@ -79,6 +79,17 @@ def test_cuda_asked_for_and_absent(command: Command, trainer: str) -> None:
     refused(command(*QUICK, f"trainer={trainer}"), "no CUDA device", "trainer=cpu")
 
 
+@pytest.mark.parametrize("devices", ["-1", "auto", "2", "[0,1]", "'0,1'"])
+@pytest.mark.parametrize("accelerator", ["gpu", "auto"])
+def test_one_device_where_the_trainer_is_for_one(
+    command: Command, monkeypatch: pytest.MonkeyPatch, devices: str, accelerator: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = ("trainer=gpu", f"trainer.accelerator={accelerator}", f"trainer.devices={devices}")
+    told = devices.strip("'").replace(",", ", ") if "[" in devices else devices.strip("'")
+    refused(command(*QUICK, *arguments), f"trainer.devices={told}", "trainer=ddp")
+
+
 def test_misspelled_key_inside_an_experiment(command: Command, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nattack:\n  setps: 3\n")
