@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from tests.conftest import Linear, choices
 DEFENSES = choices("defense")
 
 
-def make(name: str, channels: int = 1, side: int = 8) -> Defense:
+def make(name: str, channels: int = 1, side: int = 8, extra: Sequence[str] = ()) -> Defense:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"defense={name}"])
+        cfg = compose("train", overrides=[f"defense={name}", *extra])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return _built(OmegaConf.to_container(cfg.defense), channels, side).eval()
@@ -104,6 +105,14 @@ def test_stochastic_defenses_vary_and_others_do_not(name: str) -> None:
     assert torch.equal(one, two) != defended.stochastic
 
 
+@pytest.mark.parametrize(("name", "extra"), [*((name, ()) for name in DEFENSES), ("cwgan_gp", ("defense.refine=1",))])
+def test_no_images_get_no_answers(name: str, extra: tuple[str, ...]) -> None:
+    """A search in which nothing is left to do asks for them."""
+    defended = guarded(make(name, extra=extra), Linear(side=8))
+    for model in (defended.adaptive(draws=2), defended.closed()):
+        assert model(images()[:0]).shape == (0, 2 + defended.rejects)
+
+
 @pytest.mark.parametrize("name", DEFENSES)
 def test_what_never_asks_its_classifier_says_that_it_replaces_it(name: str) -> None:
     class Asked(Linear):
@@ -148,6 +157,27 @@ def test_eot_answers_with_the_log_of_the_mean_probability() -> None:
     expected = defended(batch).softmax(dim=1).unflatten(0, (5, 4)).mean(dim=0).log()
     torch.testing.assert_close(answer, expected)
     assert make("vae").guard(Linear(side=8)).adaptive(draws=5).draws == 1
+
+
+def test_eot_bounds_what_a_pass_holds_where_no_gradient_is_asked_for() -> None:
+    class Counted(Purifier):
+        stochastic = True
+
+        def purify(self, x: torch.Tensor) -> torch.Tensor:
+            held.append(len(x))
+            return x + torch.rand(len(x), 1, 1, 1)
+
+    held: list[int] = []
+    target = Counted().guard(Linear(side=8)).adaptive(draws=20)
+    assert target(torch.rand(80, 1, 8, 8)).shape == (80, 2)
+    assert held == [240] * 6 + [160]
+    for count, passes in ((300, [300] * 20), (3, [60])):
+        held.clear()
+        target(torch.rand(count, 1, 8, 8))
+        assert held == passes
+    held.clear()
+    target(torch.rand(100, 1, 8, 8, requires_grad=True)).sum().backward()
+    assert held == [2000]
 
 
 def test_bpda_takes_the_value_of_the_defense_and_the_gradient_of_its_stand_in() -> None:

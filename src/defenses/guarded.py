@@ -16,6 +16,7 @@ from torch import Tensor, nn
 Gradient = Literal["exact", "bpda", "none"]
 ImageMap = Callable[[Tensor], Tensor]
 
+AT_ONCE = 256  # images of all draws in one pass of a stochastic defense, where it keeps no graph
 WORST_LAST: tuple[Gradient, ...] = ("exact", "bpda", "none")
 
 
@@ -228,7 +229,8 @@ class DefendedModel(LightningModule):
         """The model that a white_box attacker differentiates: through the defense, as its declaration says.
 
         Args:
-            draws: passes averaged when the defense is stochastic (EOT, Athalye et al. 2018).
+            draws: passes averaged when the defense is stochastic (EOT, Athalye et al. 2018). With a gradient they are
+                taken at once, and need as many times the memory.
         """
         return _Adaptive(self, draws if self.stochastic else 1)
 
@@ -264,15 +266,20 @@ class _Adaptive(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.draws == 1:
             return self.defended.once(images)
-        logits = self.defended.once(images.repeat(self.draws, 1, 1, 1))
+        # A gradient needs the graph of all draws. Without one a pass holds no more images than the attack gave, whose
+        # batch size bounds the memory, or AT_ONCE.
+        graph = images.requires_grad and torch.is_grad_enabled()
+        each = self.draws if graph else max(1, AT_ONCE // max(1, len(images)))
+        copies = [min(each, self.draws - done) for done in range(0, self.draws, each)]
+        logits = torch.cat([self.defended.once(images.repeat(count, 1, 1, 1)) for count in copies])
         # The log of the mean probability: what the defense answers on average, and the draws that still hold weigh
         # most in its gradient. Taken over log-probabilities so that a confident draw does not underflow.
-        each = logits.float().log_softmax(dim=1).view(self.draws, len(images), -1)
-        return each.logsumexp(dim=0) - math.log(self.draws)
+        sure = logits.float().log_softmax(dim=1).view(self.draws, len(images), logits.shape[1])
+        return sure.logsumexp(dim=0) - math.log(self.draws)
 
 
 def _beside(scores: list[Tensor]) -> Tensor:
-    return torch.cat([each.view(len(each), -1) for each in scores], dim=1)
+    return torch.cat([each[:, None] if each.ndim == 1 else each for each in scores], dim=1)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

@@ -94,7 +94,7 @@ class Smoothing(Harden):
             copies = min(each, draws - done)
             logits = self(images.repeat(copies, 1, 1, 1))
             votes = F.one_hot(logits.argmax(dim=1), logits.shape[1])
-            total = total + votes.view(copies, len(images), -1).sum(dim=0)
+            total = total + votes.view(copies, len(images), logits.shape[1]).sum(dim=0)
         assert isinstance(total, Tensor)
         return total
 

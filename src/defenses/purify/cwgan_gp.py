@@ -150,7 +150,7 @@ class CWGANGP(WassersteinGAN):
                 rate=self.rate,
                 momentum=MOMENTUM,
             )
-            return made(codes).detach().view(len(images), self.classes, -1)
+            return made(codes).detach().view(len(images), self.classes, wanted.shape[1])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         super().training_step(batch, batch_idx)
