@@ -1,40 +1,27 @@
 """Anybody's model, judged: ``python -m src.audit TARGET --dataset digits [KEY=VALUE ...]``.
 
 TARGET is one of: ``package.module:callable`` that gives a torch module (images in [0, 1] → logits); the ``weights.pt``
-of a stage of ours, classifier or defense (what its training does not read, such as the votes, is as in its config
-unless given); the output folder of a run; a state dict, with ``classifier=NAME`` or ``--config`` to say of what; the
-name of a pretrained model of torchvision, or of timm where it is installed.
+of a stage of ours, classifier or defense (with ``classifier=NAME`` where a defense was trained without one; what its
+training does not read, such as the votes, is as in its config unless given); the output folder of a run; a state dict,
+with ``classifier=NAME`` or ``--config`` to say of what; the name of a pretrained model of torchvision, or of timm where
+it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
+from src.target import kept, subject_of, what
 
-KEPT = (
-    "dataset",
-    "classifier",
-    "defense",
-    "seed",
-    "eot_draws",
-    "paths",
-    "limit.epochs",
-    "limit.train_images",
-    "experiment",
-    "sweep",
-    "debug",
-)
 FIXED = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 RADII = ("linf", "l2")
 
@@ -86,12 +73,18 @@ def audit(options: argparse.Namespace) -> str:
         subject.append(f"dataset={options.dataset}")
     if not any(item.startswith(("dataset=", "+experiment=")) for item in subject):
         raise UserError("--dataset: missing; name one of conf/dataset, such as --dataset digits")
+    named = any(item.startswith(("classifier=", "+experiment=")) for item in subject)
+    if not named and any(item.startswith("defense.checkpoint=") for item in subject):
+        raise UserError(
+            f"{options.target}: does not say which classifier it stands before; expected classifier=NAME, with "
+            "classifier.checkpoint=FILE for its weights, which are trained otherwise"
+        )
     limit = f"limit.test_images={options.images or 'null'}"
     # An experiment's radii are of its own norm: null is the dataset's own.
     common = ["defense=none", "checks=full", "threat.eps=null", *FIXED, limit, *subject]
 
     # The model first, with an attack that asks nothing of it: which attack suits it is known then.
-    model = [item for item in common if _what(item).partition(".")[0] not in ("attack", "threat")]
+    model = [item for item in common if what(item).partition(".")[0] not in ("attack", "threat")]
     job, chosen = composed([*model, "attack=noise", "threat=linf", "threat.eps=0"])
     names = Names(**{kind: chosen[kind] for kind in ("dataset", "classifier", "defense")}, attack="noise")
     stages = Stages(Path(job.paths.artifacts))
@@ -114,7 +107,7 @@ def audit(options: argparse.Namespace) -> str:
         records += [bench.cell(max(radii), each, out / "records") for each in job.access]
     records = across(records)
     report.write_report(records, out / "records", out)
-    return verdict(options.target, records, out, commands([item for item in subject if _kept(item)], records))
+    return verdict(options.target, records, out, commands([item for item in subject if kept(item)], records))
 
 
 def _attack(gradient: str, stochastic: bool) -> str:
@@ -140,103 +133,6 @@ def composed(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
     from omegaconf import OmegaConf
 
     return config.parse(OmegaConf.create(plain)), chosen
-
-
-def subject_of(target: str, config: Path | None) -> list[str]:
-    """The overrides that choose the target.
-
-    Raises:
-        UserError: nothing of that name, or weights of which it is not said what network they belong to.
-    """
-    path = Path(target)
-    if (path / ".hydra" / "overrides.yaml").is_file():
-        return _run(path / ".hydra")
-    if path.is_file():
-        return _weights(path, config)
-    if ":" in target:
-        return ["classifier=own", f"classifier.model={target}"]
-    for source in ("torchvision", "timm"):
-        if target in _names(source):
-            return ["classifier=own", f"classifier.model={source}:{target}"]
-    raise UserError(
-        f"{target}: not a file, the folder of a run, module:callable, or a model of torchvision or an installed timm"
-    )
-
-
-def _run(folder: Path) -> list[str]:
-    """What a run was told, and what it chose without being told."""
-    from omegaconf import OmegaConf
-
-    given = [str(item) for item in OmegaConf.load(folder / "overrides.yaml")]
-    choices = OmegaConf.select(OmegaConf.load(folder / "hydra.yaml"), "hydra.runtime.choices")
-    chosen = [f"{group}={choices[group]}" for group in ("dataset", "classifier", "defense")]
-    told = ("dataset=", "classifier=", "defense=")
-    return [*chosen, *(item for item in given if _kept(item) and not item.startswith(told))]
-
-
-def _what(item: str) -> str:
-    """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
-    return item.lstrip("+~").partition("=")[0].rpartition("@")[2]
-
-
-def _kept(item: str) -> bool:
-    """Whether an override says what the model is, or where it lies."""
-    return any(_what(item) == name or _what(item).startswith(f"{name}.") for name in KEPT)
-
-
-def _names(source: str) -> list[str]:
-    try:
-        if source == "timm":
-            import timm  # type: ignore[import-not-found, unused-ignore]
-
-            return list(timm.list_models())
-        from torchvision import models
-
-        return list(models.list_models(module=models))
-    except ImportError:
-        return []
-
-
-def _weights(path: Path, config: Path | None) -> list[str]:
-    from omegaconf import OmegaConf
-
-    checkpoint = f"checkpoint={_value(str(path.absolute()))}"
-    if config is not None:
-        if not config.is_file():
-            raise UserError(f"--config {config}: no such file; expected YAML with a _target_, or the config of a run")
-        node: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
-        node = node.get("classifier", node) if isinstance(node, dict) else {}
-        if "_target_" not in node:
-            raise UserError(f"--config {config}: says no _target_ of a network, nor has it a classifier that does")
-        return [*_choice("classifier", node), f"classifier.{checkpoint}"]
-    meta = path.parent / "meta.json"
-    if not meta.is_file():
-        return [f"classifier.{checkpoint}"]  # of the classifier that the overrides choose
-    found = json.loads(meta.read_text())
-    kind, about = found["kind"], found["about"]
-    if kind not in ("classifier", "defense"):
-        raise UserError(f"{path}: {found['what']}; expected the weights of a classifier or a defense")
-    chosen = [*_choice(kind, about["node"]), f"{kind}.{checkpoint}"]
-    beside = path.parent.parent.parent / "classifier" / str(about.get("classifier")) / "weights.pt"
-    return [*(_weights(beside, None) if kind == "defense" and beside.is_file() else []), *chosen]
-
-
-def _choice(group: str, node: Mapping[str, Any]) -> list[str]:
-    """Overrides that make the same node: the choice named like its module, and all its arguments."""
-    name = str(node["_target_"]).split(".")[-2]
-    known = {"fit", "checkpoint", "trained_on", "_target_", "label_smoothing"}
-    return [f"{group}={name}", *(f"{group}.{key}={_value(value)}" for key, value in node.items() if key not in known)]
-
-
-def _value(value: Any) -> str:
-    """A value as Hydra's command line reads it."""
-    if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    if isinstance(value, list):
-        return f"[{','.join(_value(item) for item in value)}]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_value(item)}" for key, item in value.items()) + "}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def commands(subject: Sequence[str], records: Sequence[Any]) -> list[str]:

@@ -14,11 +14,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from src import audit, records
+from src import audit, pipeline, records, target
 from src.classifiers import own
 from src.data.digits import Digits
 from src.errors import UserError
+from src.keys import file_digest
+from src.stages import Stages
+from src.subject import Names
 from src.threat import Norm
+from src.tracking import NoTracker
 from tests import planted
 from tests.test_pipeline import QUIET, Command, ok
 
@@ -105,7 +109,7 @@ def test_our_stages_a_run_and_a_state_dict(judged: Callable[..., str], command: 
 def test_of_a_run_the_very_model_is_judged(command: Command, words: list[str]) -> None:
     outcome = command(*QUIET, *words, "dataset.root=x", "+plan=true", "paths.artifacts=elsewhere")
     (run,) = outcome.folder.glob("outputs/*/*")
-    subject = audit.subject_of(str(run), None)
+    subject = target.subject_of(str(run), None)
     found, _ = audit.composed([*subject, *audit.FIXED])
     whole = OmegaConf.create({**OmegaConf.load(run / ".hydra" / "config.yaml"), "logger": None})
     wanted = cast(dict[str, Any], OmegaConf.to_container(whole, resolve=True))
@@ -149,21 +153,36 @@ def test_wrong_input_is_one_line(judged: Callable[..., str], words: list[str], t
     assert told in line
 
 
-def test_a_defense_of_ours_brings_its_classifier(tmp_path: Path) -> None:
-    """From what lies beside the weights: no run of the command is needed to see what is chosen."""
-    classifier = tmp_path / "classifier" / "abc"
-    defense = tmp_path / "defense" / "def"
-    for folder, kind, about in (
-        (classifier, "classifier", {"node": {"_target_": "src.classifiers.cnn3.CNN3", "widths": [4, 8]}}),
-        (defense, "defense", {"node": {"_target_": "src.defenses.harden.rbf.RBF", "word": "a b"}, "classifier": "abc"}),
-    ):
-        folder.mkdir(parents=True)
-        (folder / "weights.pt").write_bytes(b"")
-        (folder / "meta.json").write_text(json.dumps({"kind": kind, "what": kind, "about": about}))
-    assert audit.subject_of(str(defense / "weights.pt"), None) == [
-        "classifier=cnn3", "classifier.widths=[4,8]", f"classifier.checkpoint={classifier / 'weights.pt'}",
-        "defense=rbf", "defense.word='a b'", f"defense.checkpoint={defense / 'weights.pt'}",
-    ]  # fmt: skip
+@pytest.mark.parametrize("defense", ["distillation", "autoencoder", "rbf"])
+def test_a_defense_of_ours_brings_its_classifier(defense: str, tmp_path: Path) -> None:
+    """From what is written beside the weights: the classifier's own, or its network where no weights were needed."""
+    small = ["dataset=digits", "attack=noise", "limit.epochs=1", "limit.train_images=200"]
+
+    def prepared(*words: str) -> tuple[dict[str, str], torch.Tensor, list[Path]]:
+        job, chosen = audit.composed([*audit.FIXED, *small, f"paths.artifacts={tmp_path}", *words])
+        names = Names(**{group: chosen[group] for group in ("dataset", "classifier", "defense", "attack")})
+        stages = Stages(tmp_path)
+        subject = pipeline.prepare(job, names, stages, NoTracker())[0].subject
+        torch.manual_seed(0)
+        logits = subject.defended.logits(torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+        return subject.keys, logits, stages.folders
+
+    _, wanted, folders = prepared("classifier.widths=[4,4,8]", f"defense={defense}")
+    (weights,) = [folder / "weights.pt" for folder in folders if folder.parent.name == "defense"]
+    keys, found, _ = prepared(*target.subject_of(str(weights), None))
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)  # another memory format, another order of sums
+    (trained,) = [folder / "weights.pt" for folder in folders if folder.parent.name == "classifier"]
+    if defense != "rbf":
+        assert keys["classifier"] == f"own-{file_digest(trained)[:16]}"
+
+
+def test_a_defense_that_knows_no_classifier_asks_for_one(judged: Callable[..., str], tmp_path: Path) -> None:
+    about = {"node": {"_target_": "src.defenses.purify.vae.VAE", "latent": 4}}
+    (tmp_path / "weights.pt").write_bytes(b"")
+    (tmp_path / "meta.json").write_text(json.dumps({"kind": "defense", "what": "defense vae", "about": about}))
+    words = [str(tmp_path / "weights.pt"), "--dataset", "digits"]
+    assert "expected classifier=NAME" in judged(*words, code=1).splitlines()[-1]
+    assert "damaged" in judged(*words, "classifier=cnn3", "limit.epochs=1", code=1).splitlines()[-1]
 
 
 def test_the_digest_knows_weights_and_code() -> None:

@@ -1,0 +1,125 @@
+"""What an audit is of: from a file, a folder or a name to the overrides that choose it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from src.errors import UserError
+
+KEPT = (
+    "dataset",
+    "classifier",
+    "defense",
+    "seed",
+    "eot_draws",
+    "paths",
+    "limit.epochs",
+    "limit.train_images",
+    "experiment",
+    "sweep",
+    "debug",
+)
+
+
+def subject_of(target: str, config: Path | None) -> list[str]:
+    """The overrides that choose the target.
+
+    Raises:
+        UserError: nothing of that name, or weights of which it is not said what network they belong to.
+    """
+    path = Path(target)
+    if (path / ".hydra" / "overrides.yaml").is_file():
+        return _run(path / ".hydra")
+    if path.is_file():
+        return _weights(path, config)
+    if ":" in target:
+        return ["classifier=own", f"classifier.model={target}"]
+    for source in ("torchvision", "timm"):
+        if target in _names(source):
+            return ["classifier=own", f"classifier.model={source}:{target}"]
+    raise UserError(
+        f"{target}: not a file, the folder of a run, module:callable, or a model of torchvision or an installed timm"
+    )
+
+
+def _run(folder: Path) -> list[str]:
+    """What a run was told, and what it chose without being told."""
+    from omegaconf import OmegaConf
+
+    given = [str(item) for item in OmegaConf.load(folder / "overrides.yaml")]
+    choices = OmegaConf.select(OmegaConf.load(folder / "hydra.yaml"), "hydra.runtime.choices")
+    chosen = [f"{group}={choices[group]}" for group in ("dataset", "classifier", "defense")]
+    told = ("dataset=", "classifier=", "defense=")
+    return [*chosen, *(item for item in given if kept(item) and not item.startswith(told))]
+
+
+def what(item: str) -> str:
+    """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
+    return item.lstrip("+~").partition("=")[0].rpartition("@")[2]
+
+
+def kept(item: str) -> bool:
+    """Whether an override says what the model is, or where it lies."""
+    return any(what(item) == name or what(item).startswith(f"{name}.") for name in KEPT)
+
+
+def _names(source: str) -> list[str]:
+    try:
+        if source == "timm":
+            import timm  # type: ignore[import-not-found, unused-ignore]
+
+            return list(timm.list_models())
+        from torchvision import models
+
+        return list(models.list_models(module=models))
+    except ImportError:
+        return []
+
+
+def _weights(path: Path, config: Path | None) -> list[str]:
+    from omegaconf import OmegaConf
+
+    checkpoint = f"checkpoint={_value(str(path.absolute()))}"
+    if config is not None:
+        if not config.is_file():
+            raise UserError(f"--config {config}: no such file; expected YAML with a _target_, or the config of a run")
+        node: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+        node = node.get("classifier", node) if isinstance(node, dict) else {}
+        if "_target_" not in node:
+            raise UserError(f"--config {config}: says no _target_ of a network, nor has it a classifier that does")
+        return [*_choice("classifier", node), f"classifier.{checkpoint}"]
+    meta = path.parent / "meta.json"
+    if not meta.is_file():
+        return [f"classifier.{checkpoint}"]  # of the classifier that the overrides choose
+    found = json.loads(meta.read_text())
+    kind, about = found["kind"], found["about"]
+    if kind not in ("classifier", "defense"):
+        raise UserError(f"{path}: {found['what']}; expected the weights of a classifier or a defense")
+    chosen = [*_choice(kind, about["node"]), f"{kind}.{checkpoint}"]
+    key = about.get("classifier") or (about.get("trained_on") or {}).get("classifier")
+    beside = path.parent.parent.parent / "classifier" / str(key) / "weights.pt"
+    if key and beside.is_file():
+        return [*_weights(beside, None), *chosen]
+    return [*(_choice("classifier", about["fresh"]) if "fresh" in about else []), *chosen]
+
+
+def _choice(group: str, node: Mapping[str, Any]) -> list[str]:
+    """Overrides that make the same node: the choice named like its module, and all its arguments."""
+    name = str(node["_target_"]).split(".")[-2]
+    known = {"fit", "checkpoint", "trained_on", "_target_", "label_smoothing"}
+    return [f"{group}={name}", *(f"{group}.{key}={_value(value)}" for key, value in node.items() if key not in known)]
+
+
+def _value(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_value(item)}" for key, item in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
