@@ -23,9 +23,14 @@ from src.threat import parse_eps_list
 
 log = logging.getLogger(__name__)
 
-# Overrides of these say what is measured, not where or how it is run.
+_ADDED = ("+experiment=", "+debug=")  # groups without a default: they cannot be chosen without the plus
+# Overrides of these say what is measured, not where or how it is run. `checks` and `eval_batch_size` are absent: they
+# change no more of a cell than how closely it is looked at, and its draws.
 MEASURED = (
+    *_ADDED,
     "classifier@",
+    "defense@",
+    "attack@",
     "surrogate.",
     "split",
     "eot_draws",
@@ -156,11 +161,15 @@ def explain(error: BaseException) -> str:
 def names_of(choices: Mapping[str, Any], task: Iterable[str]) -> dict[str, str]:
     """What a cell is called, by what was chosen for it and the overrides of its job."""
     names = {group: str(choices.get(group)) for group in ("dataset", "classifier", "defense", "attack")}
-    overrides = [item.lstrip("+~") for item in task]
+    # A plus says how a key is set, not to what. Of "~key" a sweep makes "~key=null".
+    overrides = [
+        item.split("=")[0] if item.startswith("~") else item if item.startswith(_ADDED) else item.lstrip("+")
+        for item in task
+    ]
     variant = [
         item
         for item in sorted(overrides)
-        if item.startswith(MEASURED) and item.split("=")[0].rsplit(".", 1)[-1] not in PLACES
+        if item.lstrip("~").startswith(MEASURED) and item.split("=")[0].rsplit(".", 1)[-1] not in PLACES
     ]
     return names | {"variant": ",".join(variant)}
 

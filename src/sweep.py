@@ -67,7 +67,7 @@ def _jobs(config: DictConfig) -> Iterator[tuple[DictConfig, Any, list[str]]]:
         if key in _LISTS and len(options) > 1 and f"{key}=null" not in options:
             listed = ",".join(option.partition("=")[2].strip("[]") for option in options)
             options = [f"{key}=[{listed}]"]
-        plain = override.type is OverrideType.CHANGE and not loader.get_group_options(key)
+        plain = override.type is OverrideType.CHANGE and not loader.get_group_options(key.partition("@")[0])
         choices.pop(key, None), values.pop(key, None)  # the last of a key counts
         (values if plain and len(options) > 1 else choices)[key] = options
 

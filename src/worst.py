@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WORST = "worst_of_all"  # what stands in the column of the attack
-_OF_THE_ATTACK = ("attack.", "attack=", "eot_draws", "search_precision")
+_OF_THE_ATTACK = ("attack.", "attack@", "attack=", "~attack.", "~attack@", "eot_draws", "search_precision")
 
 
 def worst_cases(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]:

@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning import Callback
 
 from src import records
+from src.job import names_of
 from src.records import Record
 from tests.conftest import ROOT, Outcome, choices
 
@@ -257,3 +258,20 @@ def test_wandb_offline_run_holds_table_and_pictures(command: Command) -> None:
     assert content["columns"][:3] == ["dataset", "classifier", "defense"]
     images = {path.name.split("_")[0] for path in run.glob("wandb/offline-run-*/files/media/images/*.png")}
     assert {"robustness", "pictures"} <= images
+
+
+@pytest.mark.parametrize(
+    ("task", "variant"),
+    [
+        (["attack=pgd", "defense=vae", "threat.eps=0.1", "seed=1", "logger=none", "checks=full"], ""),
+        (["defense@defense.parts.first=vae_kl"], "defense@defense.parts.first=vae_kl"),
+        (["attack@attack.members.pgd=apgd"], "attack@attack.members.pgd=apgd"),
+        (["~attack@attack.members.square"], "~attack@attack.members.square"),
+        (["~attack@attack.members.square=null"], "~attack@attack.members.square"),  # the same, of a sweep
+        (["+classifier@surrogate=lenet"], "classifier@surrogate=lenet"),
+        (["++attack.steps=3", "+experiment=x", "+debug=quick"], "+debug=quick,+experiment=x,attack.steps=3"),
+        (["dataset.root=a", "classifier.checkpoint=b", "dataset.classes=3"], "dataset.classes=3"),
+    ],
+)
+def test_a_cell_is_named_by_every_override_that_says_what_is_measured(task: list[str], variant: str) -> None:
+    assert names_of({"dataset": "d"}, task)["variant"] == variant

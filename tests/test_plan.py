@@ -54,6 +54,18 @@ def test_the_plan_of_a_sweep_names_the_cells_that_its_jobs_make(command: Command
     assert "16 cells: 16 found, 0 to measure" in ok(command(*sweep, "+plan=true")).out
 
 
+def test_the_plan_of_a_sweep_over_parts_of_an_attack(command: Command) -> None:
+    sweep = (
+        "-m",
+        *SMALL[:-2],
+        "attack=worst_case",
+        "attack@attack.members.pgd=apgd,fgsm",
+        "~attack@attack.members.square",
+    )
+    planned = ok(command(*sweep, "threat.eps=0.1", "defense=none", "threat.access=white_box", "+plan=true"))
+    assert "2 cells: 0 found, 2 to measure" in planned.out
+
+
 def test_a_plan_says_which_jobs_cannot_work_and_launches_none(command: Command, tmp_path: Path) -> None:
     refused = command("-m", *SMALL, *CELLS, "classifier=cnn3,lenet", "+plan=true")
     assert refused.code == 1

@@ -75,7 +75,8 @@ def test_only_cells_of_one_threat_and_one_model_are_compared(tmp_path: Path) -> 
     one = verdicts(cell(attack="fgsm"), tmp_path, [0, 0])
     for change in (
         {"eps": 0.2}, {"access": "white_box"}, {"defense": "jpeg"}, {"seed": 1}, {"targeted": True}, {"norm": "l2"},
-        {"variant": "defense.noise=1"}, {"stages": {"defense": "other"}}, {"attack": "fgsm"},
+        {"variant": "defense.noise=1"}, {"variant": "defense@defense.parts.first=vae_kl"},
+        {"stages": {"defense": "other"}}, {"attack": "fgsm"},
     ):  # fmt: skip
         other = verdicts(cell(**{"attack": "pgd", "key": "other", **change}), tmp_path, [1, 1])
         assert worst_cases([one, other], sidecars.find([tmp_path])) == [], change
@@ -83,6 +84,9 @@ def test_only_cells_of_one_threat_and_one_model_are_compared(tmp_path: Path) -> 
     (row,) = worst_cases([one, more], sidecars.find([tmp_path]))
     assert row.robust_accuracy == 0.5
     assert row.variant == ""
+    of_the_attack = "attack@attack.members.pgd=apgd,eot_draws=2,~attack@attack.members.square"
+    (row,) = worst_cases([one, more.model_copy(update={"variant": of_the_attack})], sidecars.find([tmp_path]))
+    assert (row.robust_accuracy, row.variant) == (0.5, "")
 
 
 def test_a_worst_case_is_unreliable_where_only_noise_is_beside_attacks_that_fail(tmp_path: Path) -> None:
