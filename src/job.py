@@ -75,7 +75,9 @@ def run(cfg: DictConfig, settings: str) -> None:
             return
         with leaving.on_sigterm():
             _measure(job, names, out, done, radii, in_sweep)
-        retry.mark(out, settings, [record.key for record in done])
+        keys = [record.key for record in done]
+        _forget(out / "records", keys, Path(job.paths.artifacts) / "records")
+        retry.mark(out, settings, keys)
     except Exception as error:
         reason = explain(error)
         for record in _failed(cfg, names, reason, done, radii):
@@ -205,6 +207,15 @@ def _failed(
         Record(key=f"{FAILED}{content_key(**common, eps=e, access=a)}", eps=e, access=a, **common)
         for e, a in left or [(None, "")]
     ]
+
+
+def _forget(folder: Path, keys: list[str], cache: Path) -> None:
+    """Remove what an earlier try in the job's own folder left under keys that its cells no longer have."""
+    if folder.resolve() == cache.resolve():  # somebody gave the cache as the folder of the run
+        return
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".npz") and path.stem not in keys:
+            path.unlink()
 
 
 def _short(path: Path) -> str:

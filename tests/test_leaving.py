@@ -167,6 +167,28 @@ def test_of_a_job_that_fails_midway_the_cells_that_are_left_are_rows(
     assert [(r.eps, r.access) for r in found if r.status == "failed"] == [(None, "")]  # all the cells are done
 
 
+def test_a_job_that_is_done_leaves_no_cell_of_an_earlier_try_in_its_folder(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one measured before the attack was mended: its key is another, its place in the table the same."""
+    monkeypatch.setattr(report, "write_report", lambda *_: [])
+    arguments = (*TINY, "limit.epochs=1", "defense=none", "threat.access=white_box", "hydra.run.dir=run")
+    ok(command(*arguments))
+    (path,) = (tmp_path / "run" / "records").glob("*.json")
+    old = records.load(path).model_copy(update={"key": "0ld"})
+    for folder in ("run", "artifacts"):
+        records.save(old, tmp_path / folder / "records").with_suffix(".npz").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_report", lambda *_: 1 / 0)
+        assert command(*arguments).code == 1
+    assert (tmp_path / "run" / "records" / "0ld.json").exists()  # until the job is done
+    ok(command(*arguments))
+    assert {file.stem for file in (tmp_path / "run" / "records").iterdir()} == {path.stem}
+    ok(command(*arguments[:-1], "hydra.run.dir=artifacts"))
+    assert {"0ld.json", "0ld.npz", path.name} <= {file.name for file in (tmp_path / "artifacts" / "records").iterdir()}
+
+
 def test_a_launcher_that_gives_up_leaves_a_table_and_one_line(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
