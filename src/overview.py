@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from src import records as store
 from src.errors import UserError
 from src.keys import file_digest
 from src.records import Record
+
+YOUNG = 24  # hours within which gc takes a stage for one that a job is still at work with, its first record to come
 
 
 @dataclass
@@ -96,6 +99,13 @@ def _reachable(keys: Iterable[str], stages: dict[str, Stage]) -> set[str]:
     return found
 
 
+def _spared(stages: Sequence[Stage]) -> set[str]:
+    """Keys of the stages made lately, and of those they were made from."""
+    whole = {stage.key: stage for stage in stages if not stage.leftover}
+    since = time.time() - YOUNG * 3600
+    return _reachable((key for key, stage in whole.items() if stage.path.stat().st_mtime > since), whole)
+
+
 def _held(stage: Stage) -> bool:
     """Whether a process is making this stage right now."""
     key = stage.key.removeprefix(".").removesuffix(".partial")
@@ -167,22 +177,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "verify":
             return _verify(stages, broken)
         if options.command == "gc":
-            stages = [stage for stage in stages if not stage.users and not _held(stage)]
+            return _gc(stages, broken, yes=options.yes)
         _print(stages)
-        total = human(sum(stage.size for stage in stages))
-        if options.command == "ls":
-            print(f"{len(stages)} stages, {total}; {len(cells)} records")
-        elif not stages:
-            print("nothing to free: every stage is needed by a record")
-        elif not options.yes:
-            print(f"{len(stages)} that no record needs, {total}. Free them with the same command and --yes")
-        else:
-            for stage in stages:
-                shutil.rmtree(stage.path)
-            print(f"freed {total}")
+        print(f"{len(stages)} stages, {human(sum(stage.size for stage in stages))}; {len(cells)} records")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _gc(stages: Sequence[Stage], broken: Sequence[str], *, yes: bool) -> int:
+    """Show, or free, what no record needs and no job is at work with."""
+    if broken:
+        print("\n".join(broken))
+        raise UserError(
+            "gc: what the records above need is not known. Delete them, or run the commands that made them "
+            "again, then gc"
+        )
+    spared = _spared(stages)
+    unused = [stage for stage in stages if not stage.users and not _held(stage)]
+    free = [stage for stage in unused if stage.leftover or stage.key not in spared]
+    _print(free)
+    total = human(sum(stage.size for stage in free))
+    if kept := len(unused) - len(free):
+        print(f"{kept} that no record needs are spared: made in the last {YOUNG} hours, or what such were made from")
+    if not free:
+        print("nothing to free: every other stage is needed by a record" if kept else
+              "nothing to free: every stage is needed by a record")  # fmt: skip
+    elif not yes:
+        print(f"{len(free)} that no record needs, {total}. Free them with the same command and --yes")
+    else:
+        for stage in free:
+            shutil.rmtree(stage.path)
+        print(f"freed {total}")
     return 0
 
 

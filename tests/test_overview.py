@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from src import records
-from src.overview import human, main, scan
+from src.overview import YOUNG, human, main, scan
 from src.records import Record
 from src.stages import Stages
 from tests.conftest import Outcome
@@ -31,7 +33,13 @@ def root(tmp_path: Path) -> Path:
     cell = {"dataset": "d", "classifier": "c", "defense": "v", "attack": "a", "norm": "linf", "eps": 0.1}
     record = Record(key="eeee", access="gray_box", seed=0, uses=["bbbb"], **cell)  # type: ignore[arg-type]
     records.save(record, tmp_path / "artifacts" / "records")
+    for folder in (tmp_path / "artifacts").glob("*/????"):
+        _made(folder, hours_ago=YOUNG + 1)
     return tmp_path / "artifacts"
+
+
+def _made(folder: Path, *, hours_ago: float) -> None:
+    os.utime(folder, times=(time.time() - 3600 * hours_ago,) * 2)
 
 
 def _write(path: Path, text: str) -> None:
@@ -94,6 +102,28 @@ def test_gc_spares_what_is_being_made_and_what_older_records_name(root: Path) ->
     assert not (root / "defense" / "bbbb").exists()
     assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
     assert not (root / "defense" / ".dddd.partial").exists()
+
+
+def test_gc_spares_what_a_job_may_be_at_work_with_before_its_first_record(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "records" / "eeee.json").unlink()
+    _made(root / "defense" / "bbbb", hours_ago=YOUNG - 1)
+    assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+    assert f"2 that no record needs are spared: made in the last {YOUNG} hours" in capsys.readouterr().out
+    assert (root / "classifier" / "aaaa").exists()  # older, but what the young one was made from
+    assert (root / "defense" / "bbbb").exists()
+    assert not (root / "defense" / "cccc").exists()
+
+
+def test_gc_frees_nothing_while_a_record_cannot_be_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "records" / "eeee.json").write_text("{")
+    assert main(["gc", "--artifacts", str(root), "--yes"]) == 1
+    said = capsys.readouterr()
+    assert "eeee.json: not a record" in said.out
+    assert said.err.startswith("error: gc: what the records above need")
+    assert said.err.count("\n") == 1
+    assert {path.name for path in root.glob("*/????")} == {"aaaa", "bbbb", "cccc"}
 
 
 def test_a_folder_without_artifacts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
