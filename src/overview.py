@@ -148,7 +148,7 @@ def _print(stages: Sequence[Stage]) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def _records(root: Path, more: Sequence[Path]) -> tuple[list[Record], list[str]]:
+def read_records(root: Path, more: Sequence[Path] = ()) -> tuple[list[Record], list[str]]:
     """Records of the cache and of other folders, and one line for each file that is none."""
     cells, broken = [], []
     for folder in [root / "records", *more]:
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--yes", action="store_true", help="gc: free what it shows")
     options = parser.parse_args(arguments)
     try:
-        cells, broken = _records(options.artifacts, options.records)
+        cells, broken = read_records(options.artifacts, options.records)
         stages = scan(options.artifacts, cells)
         if options.command == "verify":
             return _verify(stages, broken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -77,10 +78,21 @@ def _time(seconds: float) -> str:
 
 
 def show(plan: Plan) -> None:
-    """Print the plan."""
-    from src import records as store
+    """Print the plan. What of the cache cannot be read is passed over: a run sets it aside and makes it again."""
+    from src.overview import read_records
 
     root = Path(plan.artifacts)
-    metas = [json.loads(path.read_text()) for path in root.glob("*/*/meta.json")]
-    found = store.find([root / "records"]) if (root / "records").is_dir() else []
-    print(report(plan, found, metas))
+    found, _ = read_records(root)
+    print(report(plan, found, _metas(root)))
+
+
+def _metas(root: Path) -> list[dict[str, Any]]:
+    """Of the stages that are whole: a name with a dot is of one that is being made or was set aside."""
+    found = []
+    for path in root.glob("*/*/meta.json"):
+        if "." in path.parent.name:
+            continue
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            meta = json.loads(path.read_text())
+            found.append({"what": meta["what"], "kind": meta["kind"], "seconds": float(meta["seconds"])})
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 
 from src import job, records
-from src.plan import Plan, report
+from src.plan import Plan, report, show
 from src.records import Record
 from src.tracking import NoTracker
 from tests.conftest import Outcome
@@ -98,6 +99,21 @@ def test_cached_cells_start_no_run_and_draw_nothing(command: Command, tmp_path: 
         ".hydra", "done.json", "records", "train.log"
     }  # fmt: skip
     assert records.find([tmp_path / "first"]) == records.find([tmp_path / "second"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"what": "x"}'])
+def test_a_plan_passes_over_what_a_run_would_mend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    whole = json.dumps({"kind": "classifier", "what": "classifier x on d", "seconds": 40})
+    for name, meta in (("aaaa", whole), ("bbbb", text), ("cccc.damaged-1", text), (".dddd.partial", text)):
+        (tmp_path / "classifier" / name).mkdir(parents=True)
+        (tmp_path / "classifier" / name / "meta.json").write_text(meta)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "eeee.json").write_text(text)
+    stage = {"kind": "classifier", "what": "classifier x on d", "present": False}
+    show(Plan(stages={"s": stage}, artifacts=str(tmp_path)))
+    assert "about 40 s" in capsys.readouterr().out
 
 
 def test_time_is_that_of_the_most_alike() -> None:
