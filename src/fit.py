@@ -93,7 +93,7 @@ class OneNode(LightningEnvironment):
 def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
     """A Trainer from ``conf/trainer`` with what every run of ours needs."""
     check_devices(config)
-    if config.get("strategy", "auto") != "auto":  # processes of its own making, also under Slurm and torchrun
+    if in_processes(config):  # of its own making, also under Slurm and torchrun
         options["plugins"] = [LightningEnvironment() if nodes_of(config) > 1 else OneNode()]
     try:
         return build(
@@ -156,6 +156,11 @@ def _count(devices: Any, found: int) -> int:
     return int(devices) if str(devices).isdigit() else 1
 
 
+def in_processes(config: Mapping[str, Any]) -> bool:
+    """Whether the Trainer of a config starts processes to work in."""
+    return str(config.get("strategy", "auto")) != "auto"
+
+
 def nodes_of(config: Mapping[str, Any]) -> int:
     """How many machines the Trainer of a config spans."""
     count = config.get("num_nodes", 1)
@@ -189,26 +194,21 @@ def fit(
         module.to(memory_format=torch.channels_last)
     data.configure(batch_size=recipe.batch_size, augment=recipe.augment)
     best = ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=monitor,
-        mode=mode,
-        save_last=True,
-        enable_version_counter=False,
+        dirpath=folder, filename="best", monitor=monitor, mode=mode, save_last=True, enable_version_counter=False
     )
     watchers: list[Callback] = [Seeded(seed), Finite(), best]
     if recipe.patience is not None:
         watchers.append(Patience(monitor, mode=mode, patience=recipe.patience, check_finite=False))
     curves = CSVLogger(save_dir=folder, name="", version="curves", flush_logs_every_n_steps=50)
-    # A logger with a connection of its own cannot follow into other processes: the curves are in the CSV in any case.
-    live = [logger] if isinstance(logger, Logger) and config.get("strategy", "auto") == "auto" else []
-    options = {
+    options: dict[str, Any] = {
         "callbacks": [*watchers, *callbacks],
-        "logger": [curves, *live],
+        "logger": [curves, *([logger] if isinstance(logger, Logger) else [])],
         "max_epochs": recipe.epochs,
         "precision": recipe.precision,
         "log_every_n_steps": 50,
     }
+    if in_processes(config) and not module.automatic_optimization:  # its backward passes reach some of the weights each
+        options["strategy"] = f"{config['strategy']}_find_unused_parameters_true"
     _together(Run(config, options, "fit", module, data, {"ckpt_path": _last(folder), "weights_only": True}))
     state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
     module.load_state_dict(state)

@@ -252,7 +252,8 @@ class Workshop:
                 folder=folder,
                 seed=seed,
                 callbacks=[*(callbacks or []), *extra],
-                logger=self.tracker.lightning_logger(kind),
+                # One with a connection of its own cannot follow into other processes: the CSV is logged afterwards.
+                logger=not fit.in_processes(self.job.trainer) and self.tracker.lightning_logger(kind),
             )
             records.save_tensors(module.state_dict(), folder / "weights.pt")
 

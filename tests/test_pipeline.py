@@ -136,6 +136,19 @@ def test_training_over_two_processes(tmp_path: Path) -> None:
     assert found[0].clean_accuracy > 0.3  # it learnt: chance is 0.1
 
 
+@pytest.mark.slow
+def test_trainings_with_steps_of_their_own_over_two_processes(tmp_path: Path) -> None:
+    """Each of their backward passes reaches only some of the weights."""
+    defenses = ["distillation", "defense_gan", "cwgan_gp_siamese"]
+    done = subprocess.run(
+        [sys.executable, "-m", "src.train", "-m", *QUIET, "+debug=quick", "trainer=ddp_cpu", "threat.eps=0.1",
+         "threat.access=gray_box", "attack=fgsm", "limit.epochs=2", f"defense={','.join(defenses)}"],
+        cwd=tmp_path, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [record.defense for record in records.find(tmp_path.glob("multirun/*/*"))] == sorted(defenses)
+
+
 class Interrupt(Callback):
     """Ctrl-C in the second epoch, or in the second pass over the test images, as long as a file says so."""
 

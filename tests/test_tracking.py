@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from src import tracking
+from src import fit, pipeline, tracking
+from src.audit import composed
 from src.frame import COLUMNS
 from src.records import Record
+from src.stages import Stages
+from src.subject import Names
 from src.tracking import CSVTracker, NoTracker, Tracker, relog
 
 
@@ -256,6 +260,48 @@ def test_the_curves_of_a_defense_are_those_of_the_training_it_used(tmp_path: Pat
     with CSVTracker(dir=str(tmp_path / "run")) as tracker:
         relog.log_job(tracker, [used], {"paths": {"artifacts": str(tmp_path / "artifacts")}}, [])
     assert [path.parent.name for path in tmp_path.glob("run/metrics/*/metrics.csv")] == ["defense"]
+
+
+class BegunError(Exception):
+    """A training is about to start."""
+
+
+@pytest.mark.parametrize(
+    ("trainer", "defense", "live", "strategy"),
+    [
+        ("cpu", "distillation", ["defense"], None),
+        ("ddp_cpu", "distillation", [], "ddp_fork_find_unused_parameters_true"),
+        ("ddp_cpu", "squeezed_training", [], None),
+    ],
+)
+def test_a_training_in_processes_is_logged_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, defense: str, live: list[str], strategy: str | None
+) -> None:
+    """A logger made for it would be thrown away, and its stage taken for one that is logged already."""
+    asked: list[str] = []
+    runs: list[fit.Run] = []
+
+    class Asked(NoTracker):
+        def lightning_logger(self, prefix: str) -> bool:
+            asked.append(prefix)
+            return False
+
+    def begun(run: fit.Run) -> None:
+        runs.append(run)
+        raise BegunError
+
+    arguments = ["logger=none", "callbacks=none", f"trainer={trainer}", f"defense={defense}"]
+    names = Names(dataset="digits", classifier="cnn3", defense=defense, attack="pgd")
+    monkeypatch.chdir(tmp_path)
+    stages = Stages(Path("artifacts"), plan=True)
+    network = pipeline.prepare(composed(arguments)[0], names, stages, NoTracker())[0].subject.classifier
+    torch.save(network.state_dict(), "w.pt")
+    monkeypatch.setattr(fit, "_together", begun)
+    job, _ = composed([*arguments, "classifier.checkpoint=w.pt"])
+    with pytest.raises(BegunError):
+        pipeline.prepare(job, names, Stages(Path("artifacts")), Asked())
+    assert asked == live
+    assert runs[0].options.get("strategy") == strategy
 
 
 @pytest.mark.parametrize("name", ["wandb", "csv", "none"])
