@@ -9,9 +9,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -187,6 +189,26 @@ def test_a_job_that_is_done_leaves_no_cell_of_an_earlier_try_in_its_folder(
     assert {file.stem for file in (tmp_path / "run" / "records").iterdir()} == {path.stem}
     ok(command(*arguments[:-1], "hydra.run.dir=artifacts"))
     assert {"0ld.json", "0ld.npz", path.name} <= {file.name for file in (tmp_path / "artifacts" / "records").iterdir()}
+
+
+@pytest.mark.parametrize("mode", ["run", "sweep"])
+def test_runs_of_the_same_second_have_a_folder_each(
+    command: Command, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """An array of Slurm jobs, several agents: in one folder they would overwrite each other's results."""
+
+    class Clock(datetime):
+        ticks = 0
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            cls.ticks += 1
+            return datetime(2026, 1, 31, 12, 0, 0, cls.ticks)
+
+    monkeypatch.setattr(hydra.core.utils, "datetime", Clock)
+    one, two = (ok(command("--cfg", "hydra", "-p", f"hydra.{mode}.dir", "--resolve")).out for _ in range(2))
+    assert "12-00-00-00000" in one
+    assert one != two
 
 
 def test_a_launcher_that_gives_up_leaves_a_table_and_one_line(

@@ -317,7 +317,11 @@ def test_each_yaml_builds(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "group"),
-    [("multirun/2026-01-31/12-00-00", "2026-01-31_12-00-00"), ("sweeps/mnist", "mnist")],
+    [
+        ("multirun/2026-01-31/12-00-00", "2026-01-31_12-00-00"),
+        ("multirun/2026-01-31/12-00-00-012345", "2026-01-31_12-00-00-012345"),
+        ("sweeps/mnist", "mnist"),
+    ],
 )
 def test_group_is_named_after_the_sweep(folder: str, group: str) -> None:
     assert tracking.group_of(folder) == group

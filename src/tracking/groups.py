@@ -9,7 +9,7 @@ from pathlib import Path
 def group_of(sweep_dir: str | Path) -> str:
     """Name of a sweep: its folder, with the day where the folder is named by the time only."""
     path = Path(sweep_dir)
-    return f"{path.parent.name}_{path.name}" if re.fullmatch(r"\d\d-\d\d-\d\d", path.name) else path.name
+    return f"{path.parent.name}_{path.name}" if re.fullmatch(r"\d\d-\d\d-\d\d(-\d+)?", path.name) else path.name
 
 
 def sweep_group() -> str | None:
