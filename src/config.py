@@ -16,7 +16,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    create_model,
+    model_serializer,
+)
+from pydantic_core import from_json, to_json
 
 from src.errors import UserError
 from src.recipe import Recipe
@@ -29,7 +40,7 @@ FROM_PIPELINE = frozenset(
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class ThreatConfig(Strict):
@@ -105,6 +116,11 @@ class Job(Strict):
     # Not of what is measured, so not in a record's config:
     plan: bool = Field(False, exclude=True)  # say what would be done, and stop
     retry: typing.Literal["failed"] | None = Field(None, exclude=True)  # of a sweep: leave finished jobs alone
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _with_infinity(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """JSON has none: it is written as a string, which a radius is read from as well."""
+        return from_json(to_json(handler(self), inf_nan_mode="strings"))
 
     @property
     def norm(self) -> Norm:

@@ -29,8 +29,9 @@ def composed(overrides: list[str]) -> dict[str, Any]:
         ["threat.access=transfer", "+classifier@surrogate=lenet", "surrogate.fit.epochs=2"],
         ["trainer=ddp_cpu", "search_precision=bf16-mixed", "defense=chain", "eot_draws=2", "checks=full"],
         ["+experiment=cifar_pgd_vae", "classifier.checkpoint='x=1.pt'"],
+        ["defense=autoencoder", "defense.trained_on.eps=inf", "defense.trained_on.norm=l2"],
     ],
-    ids=["defaults", "paths", "nested", "norm", "transfer", "trainer", "experiment"],
+    ids=["defaults", "paths", "nested", "norm", "transfer", "trainer", "experiment", "infinite"],
 )
 def test_the_command_gives_the_config_back(overrides: list[str]) -> None:
     wanted = composed(overrides)
@@ -44,6 +45,8 @@ def test_the_command_gives_the_config_back(overrides: list[str]) -> None:
     words = shlex.split(command(record))
     assert words[:3] == ["python", "-m", "src.train"]
     found = composed(words[3:])
+    if "defense.trained_on.eps=inf" in overrides:
+        assert found["defense"]["trained_on"]["eps"] == "Infinity"
     assert (found["threat"]["eps"], found["threat"]["access"]) == (8 / 255, access)
     for config_ in (found, wanted):
         config_["threat"] |= {"eps": None, "access": None}
