@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from src.data.digits import Digits
 from src.errors import UserError
 from src.report.__main__ import _relog, main
 from src.report.command import CONF
-from src.tracking import dashboard, relog
+from src.tracking import NoTracker, dashboard, relog
 from tests.conftest import Outcome
-from tests.test_report import pair, sidecar
+from tests.test_report import cell, pair, sidecar
 from tests.test_tracking import read_run
 
 
@@ -70,12 +70,37 @@ def test_records_are_logged_at_any_time(tmp_path: Path, capsys: pytest.CaptureFi
             assert {image.split("_")[0] for image in run.images} == {"pictures", "robustness"}
 
 
+@pytest.mark.parametrize(("parts", "prefixes"), [(["a"], ["defense"]), (["a", "b"], ["defense_1", "defense_2"])])
+def test_curves_of_every_training_are_found(parts: list[str], prefixes: list[str], tmp_path: Path) -> None:
+    """A surrogate lies among the classifiers; the key of a detector or a chain is no folder."""
+    for place, (kind, key) in enumerate([("classifier", "c"), ("classifier", "s"), *(("defense", k) for k in parts)]):
+        (tmp_path / kind / key).mkdir(parents=True)
+        (tmp_path / kind / key / "metrics.csv").write_text(f"epoch,step,loss\n0,0,{place}\n")
+    record = cell(stages={"data": "d", "classifier": "c", "surrogate": "s", "defense": "made"}, uses=["c", "s", *parts])
+    found: dict[str, float] = {}
+
+    class Heard(NoTracker):
+        def log_curves(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:
+            found[prefix] = rows[0]["loss"]
+
+    relog.log_job(Heard(), [record], {"paths": {"artifacts": str(tmp_path)}}, [])
+    assert found == {name: place for place, name in enumerate(["classifier", "surrogate", *prefixes])}
+
+
 def test_the_id_of_a_run_knows_what_is_measured_and_nothing_else() -> None:
     names = {"dataset": "digits", "classifier": "c", "defense": "d", "attack": "a"}
     first = relog.run_id(names, {"seed": 0, "logger": {"mode": "offline"}, "paths": {"data": "x"}})
     assert first == relog.run_id(names, {"seed": 0, "logger": {"mode": "online"}, "trainer": {}})
     assert first != relog.run_id(names, {"seed": 1})
+    radii = {eps: job_of(f"threat.eps={eps}").model_dump(mode="json") for eps in ("inf", "null", "[0.1,inf]")}
+    assert [config_["threat"]["eps"] for config_ in radii.values()] == ["Infinity", None, [0.1, "Infinity"]]
+    assert len({relog.run_id(names, config_) for config_ in radii.values()}) == 3
     assert first != relog.run_id({**names, "attack": "b"}, {"seed": 0})
+
+
+def job_of(*overrides: str) -> config.Job:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.parse(compose("train", overrides=[*overrides, "logger.dir=x", "callbacks=none"]))
 
 
 def test_the_dashboard_shows_what_runs_log() -> None:
@@ -94,8 +119,7 @@ def test_the_wandb_sweep_tunes_on_validation_images() -> None:
     sweep: dict[str, Any] = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text())
     drawn = [f"{name}={each.get('values', [each.get('min')])[0]}" for name, each in sweep["parameters"].items()]
     fixed = [word for word in sweep["command"] if "=" in word]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        job = config.parse(compose("train", overrides=[*fixed, *drawn, "logger.dir=x", "callbacks=none"]))
+    job = job_of(*fixed, *drawn)
     assert job.split == "validation"
     assert sweep["metric"]["name"] in relog._summary(pair())
     assert job.access == ("white_box",)

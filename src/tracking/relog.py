@@ -21,6 +21,7 @@ from src.tracking import NoTracker, Tracker
 log = logging.getLogger(__name__)
 # Where and how a job runs, not what it is.
 _BESIDE = ("logger", "callbacks", "trainer", "paths", "plan", "analysis")
+_NETWORKS = ("classifier", "surrogate")
 _NAMES = ("dataset", "classifier", "defense", "attack", "variant")
 
 
@@ -40,15 +41,25 @@ def log_job(tracker: NoTracker, records: Sequence[Record], config: Mapping[str, 
     cell = {name: getattr(first, name) for name in (*_NAMES, "norm", "seed")}
     tracker.log_config({**config, "cell": cell})
     root = Path(str((config.get("paths") or {}).get("artifacts", "artifacts")))
-    for kind, key in first.stages.items():
-        # A defense's key may say more than that of its training, which is among the stages used.
-        for each in dict.fromkeys([key, *(first.uses if kind == "defense" else [])]):
-            tracker.log_curves(training.read(root / kind / each / "metrics.csv"), kind)
+    for prefix, stage in _trainings(first, root):
+        tracker.log_curves(training.read(stage / "metrics.csv"), prefix)
     tracker.log_radii(_radii(records))
     tracker.log_table(records)
     for path in pictures:
         tracker.log_image(path.stem, path)
     tracker.summary(_summary(records))
+
+
+def _trainings(record: Record, root: Path) -> list[tuple[str, Path]]:
+    """The stages that a cell's models were trained in, with the prefix of their curves.
+
+    A surrogate lies among the classifiers. The key of a detector or a chain is made of others, which ``uses`` names.
+    """
+    bare = [(kind, root / "classifier" / key) for kind, key in record.stages.items() if kind in _NETWORKS]
+    keys = sorted({*record.uses, *record.stages.values()})
+    parts = [root / "defense" / key for key in keys if key and (root / "defense" / key).is_dir()]
+    several = len(parts) > 1
+    return [*bare, *((f"defense_{place}" if several else "defense", part) for place, part in enumerate(parts, 1))]
 
 
 def relog(
