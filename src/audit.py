@@ -157,7 +157,7 @@ def verdict(target: str, records: Sequence[Any], out: Path, further: Iterable[st
     """What was found, in words."""
     from src.checks.flags import FLAGS, unreliable
     from src.records import wilson
-    from src.tables import format_eps, percent
+    from src.tables import format_eps, images_judged, percent
 
     first = records[0]
 
@@ -165,8 +165,9 @@ def verdict(target: str, records: Sequence[Any], out: Path, further: Iterable[st
         low, high = wilson(right, n)
         return f"{percent(right / n)} % [{percent(low)}, {percent(high)}]"
 
+    judged = f"{first.n} {images_judged(records)} of {first.dataset}"
     lines = [
-        f"\nAudit of {target} ({first.classifier}, defense {first.defense}): {first.n} test images of {first.dataset}",
+        f"\nAudit of {target} ({first.classifier}, defense {first.defense}): {judged}",
         f"{'clean accuracy':<24}{figure(first.correct_defended, first.n)}",
     ]
     if first.defense != "none":

@@ -179,6 +179,12 @@ def _on_unreliable(done: Sequence[Record]) -> str:
     )
 
 
+def images_judged(records: Iterable[Record]) -> str:
+    """Test images, unless a job was to choose by validation images; a worst case has no config of its own."""
+    splits = {str(r.config.get("split", "test")) for r in records if r.config}
+    return f"{' and '.join(sorted(splits)) or 'test'} images"
+
+
 def reading(records: Sequence[Record]) -> str:
     """How to read the table, with the facts that make it a measurement: n, interval, threat model, date."""
     done = [r for r in records if r.status == "done"]
@@ -187,7 +193,7 @@ def reading(records: Sequence[Record]) -> str:
     threats = ", ".join(sorted({f"{r.attack} ({'targeted' if r.targeted else 'untargeted'}, {r.norm})" for r in done}))
     date = max((r.created for r in records), default="")[:10]
     return (
-        f"Accuracies are percentages of {counts} test images, each counted once; brackets hold the 95 % "
+        f"Accuracies are percentages of {counts} {images_judged(records)}, each counted once; brackets hold the 95 % "
         "Wilson interval. Eps is the radius of the perturbation, in its norm, for pixels in [0, 1]. "
         f"Threat model: {threats or 'none measured'}. `bare` is the classifier without the defense; "
         "`gray_box` attacks that bare classifier and shows the images to the defended model; `white_box` "

@@ -192,6 +192,15 @@ def test_an_unreliable_cell_in_a_browser(browser: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_unreliable_and_failed_are_shown_where_no_cell_has_a_figure(browser: Any, tmp_path: Path) -> None:
+    cells = [r.model_copy(update={"flags": ["gradient_missing"]}) for r in pair()]
+    sheet = browser.new_page()
+    sheet.goto(page.write_page([*cells, failed(eps=0.2)], tmp_path / "report.html").as_uri())
+    drawn(sheet, 2)
+    assert sorted(shown(sheet, "robust")) == ["failed", "unreliable", "unreliable"]
+
+
+@pytest.mark.slow
 def test_ten_thousand_records_in_a_browser(browser: Any, tmp_path: Path) -> None:
     cells = [r.model_copy(update={"key": f"{seed}-{r.key}", "seed": seed}) for seed in range(270) for r in many()[:-1]]
     sheet = browser.new_page()

@@ -21,6 +21,7 @@ from src.analysis import curves, pictures, points
 from src.callbacks import results_table
 from src.errors import UserError
 from src.records import Record
+from src.report import page
 from src.report.__main__ import main
 from src.terminal import print_table
 
@@ -185,6 +186,16 @@ def test_eps_is_written_as_people_do(eps: float | None, text: str) -> None:
 )
 def test_curve_is_drawn(tmp_path: Path, records: list[Record]) -> None:
     assert is_drawn(curves.robustness_curve(records, tmp_path / "c.png"))
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_what_was_judged_is_said(split: str, tmp_path: Path) -> None:
+    cells = [*pair(config={"split": split}), cell(attack="worst_of_all")]
+    said = f" {split} images"
+    assert said in tables.reading(cells)
+    assert said in curves.caption(cells)
+    assert f'"images":"{split} images"' in page.write_page(cells, tmp_path / "report.html").read_text()
+    assert ("test images" in tables.reading(cells) + curves.caption(cells)) == (split == "test")
 
 
 def test_no_point_of_a_curve_hides_another(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from src import records as store
 from src.analysis.points import BARE, Point, bare_lines, bare_name, defended_lines, defense_name
 from src.checks.flags import why_unreliable
 from src.records import Record
-from src.tables import format_eps
+from src.tables import format_eps, images_judged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +130,7 @@ def caption(done: Sequence[Record]) -> str:
     attacks = ", ".join(sorted({f"{r.attack} {_NAMES.get(r.norm, r.norm)}" for r in done}))
     aims = {r.targeted for r in done}
     aim = "untargeted" if aims <= {False} else "targeted" if aims == {True} else "untargeted and targeted"
-    images = f"{n} test images. Bands: 95 % Wilson intervals. ε = 0: clean images."
+    images = f"{n} {images_judged(done)}. Bands: 95 % Wilson intervals. ε = 0: clean images."
     return f"{images}\nAttack: {attacks or 'none'}, {aim}."
 
 

@@ -16,7 +16,7 @@ from src.records import Record
 from src.report.command import command
 from src.report.meanings import explain
 from src.report.page.charts import specs
-from src.tables import format_eps, reading
+from src.tables import format_eps, images_judged, reading
 from src.worst import WORST
 
 # Name, kind, and what hovering over the head says. Kinds: word, radius, count, share (percent), number, flags.
@@ -32,7 +32,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("seed", "count", "Seed of everything random."),
     ("aim", "word", "Targeted attacks have to reach a class drawn for them."),
     ("variant", "word", "Overrides that the other columns do not show."),
-    ("n", "count", "Test images, each counted once."),
+    ("n", "count", "Images judged, each counted once."),
     ("clean bare", "share", "Accuracy of the bare classifier on clean images, %."),
     ("clean", "share", "Accuracy of the defended model on clean images, %."),
     ("robust", "share", "Accuracy of the defended model on attacked images, %, with its 95 % Wilson interval; "
@@ -66,6 +66,7 @@ def write_page(records: Iterable[Record], path: Path, pictures: Sequence[Path] =
         "flags": {flag: explain(flag) for flag in flags},
         "charts": specs(sorted({record.access for record in cells})),
         "worst": WORST,
+        "images": images_judged(cells),
     }
     here = files("src.report.page")
     environment = Environment(loader=PackageLoader("src.report.page", ""), autoescape=True, trim_blocks=True)

@@ -11,7 +11,8 @@ const hidden = new Set();
 const same = [];
 for (const [place, column] of columns.entries()) {
   const found = new Set(rows.filter((row) => !(row.failed && column.name === "n")).map((row) => String(row.c[place] ?? "")));
-  if (column.kind === "flags" || found.size > 1 || !rows.length) continue;
+  // Of robust a cell shows more than its value: unreliable, failed.
+  if (column.kind === "flags" || column.name === "robust" || found.size > 1 || !rows.length) continue;
   const only = [...found][0];
   if (!["share", "number"].includes(column.kind) || only === "") hidden.add(place);
   if (hidden.has(place) && only !== "") same.push(`${column.name} ${only}`);
@@ -214,7 +215,7 @@ async function drawCurves(left) {
   const x_title = `eps (${norm}${norm === "l0" ? ", pixels changed" : ", pixels in [0, 1]"})`;
   await show("curves", points, { edge, ticks, x_title });
   const counts = [...new Set(cells.map((row) => value(row, "n")))].join(", ");
-  document.getElementById("curves-caption").textContent = cells.length ? `n = ${counts} test images; bands are 95 % Wilson intervals; eps = 0 is the clean accuracy. Threat model: ${value(cells[0], "attack")}, ${value(cells[0], "aim")}, ${norm}. ${cells.some((row) => row.unreliable.length) ? "Hollow, not joined: unreliable. " : ""}Drag to move, shift and wheel to zoom, double-click to reset.` : "No cell left by the filters.";
+  document.getElementById("curves-caption").textContent = cells.length ? `n = ${counts} ${content.images}; bands are 95 % Wilson intervals; eps = 0 is the clean accuracy. Threat model: ${value(cells[0], "attack")}, ${value(cells[0], "aim")}, ${norm}. ${cells.some((row) => row.unreliable.length) ? "Hollow, not joined: unreliable. " : ""}Drag to move, shift and wheel to zoom, double-click to reset.` : "No cell left by the filters.";
 }
 
 async function drawScatters(all) {
