@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import asdict
 from functools import cached_property
@@ -78,7 +79,12 @@ class Bench:
         return {"key": key, "present": present, "access": str(access), "eps": eps, **asdict(self.names)}
 
     def _threat(self, eps: float) -> ThreatModel:
-        job = self.job.threat
+        job, reach = self.job.threat, self.attack.reach(*self.data.spec.size)
+        if self.attack.minimal and math.isfinite(eps) and eps > reach:
+            raise UserError(
+                f"threat.eps={eps:g}: attack={self.names.attack} looks no farther than {reach:g} and would count what "
+                "lies beyond as holding. Allowed: at most that, or a larger attack.max_pixels"
+            )
         # What one draw of a random defense gets wrong the next may get right: no image is done when it is turned once.
         on = self.subject.defended.stochastic and not self.attack.minimal
         return ThreatModel(norm=self.job.norm, eps=eps, targeted=job.targeted, quantize=job.quantize, exhaust=on)

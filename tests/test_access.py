@@ -124,3 +124,12 @@ def test_black_box_says_which_members_it_could_not_use(command: Command) -> None
     assert record.checks["members_left_out"] == 3  # those that need gradients; Square is left
     assert record.backward_passes == 0
     assert 0 < record.attack_success_rate < 1
+
+
+def test_a_search_that_ends_before_eps_is_refused(command: Command) -> None:
+    common = [argument for argument in SMALL if argument != "attack.steps=5"]
+    done = command(*common, "attack=jsma", "threat=l0", "threat.eps=20")  # 14.5 % of 8x8 pixels are 10
+    assert done.code != 0
+    (line,) = done.error_lines
+    assert "threat.eps=20: attack=jsma looks no farther than 10" in line
+    assert "attack.max_pixels" in line

@@ -9,6 +9,7 @@ It works on any callable from images to logits, without Hydra::
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -215,6 +216,10 @@ class Attack(ABC):
             raise UserError(f"threat.norm={norm}: {name} cannot do it. Allowed: {allowed}")
         if targeted and not self.can_target:
             raise UserError(f"threat.targeted=true: {name} has no targeted mode. Allowed: false")
+
+    def reach(self, height: int, width: int) -> float:
+        """The largest change that a search for the smallest one looks for when eps is inf."""
+        return math.inf
 
     @abstractmethod
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:

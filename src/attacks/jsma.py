@@ -70,7 +70,8 @@ class JSMA(Attack):
         self.max_pixels = max_pixels
 
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
-        budget, target = self._budget(x, threat), y
+        target = y
+        budget = threat.eps if math.isfinite(threat.eps) else self.reach(*x.shape[2:])
         if not threat.targeted:
             logits = model.clean(x)
             if logits.shape[1] < 2:
@@ -100,10 +101,8 @@ class JSMA(Attack):
             todo, current = todo[keep], following[keep]
         return result
 
-    def _budget(self, x: Tensor, threat: ThreatModel) -> float:
-        if math.isfinite(threat.eps):
-            return threat.eps
-        return self.max_pixels or math.ceil(0.145 * x.shape[2] * x.shape[3])
+    def reach(self, height: int, width: int) -> float:
+        return self.max_pixels or math.ceil(0.145 * height * width)
 
 
 def _turned(model: Query, logits: Tensor, images: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
