@@ -23,6 +23,7 @@ from torch import Tensor
 
 from src import nodes
 from src.callbacks.collect import Collect
+from src.callbacks.float32 import Float32, exact
 from src.classifiers.module import Classifier
 from src.config import build
 from src.data.base import ImageDataModule
@@ -93,13 +94,14 @@ class OneNode(LightningEnvironment):
 def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
     """A Trainer from ``conf/trainer`` with what every run of ours needs."""
     check_devices(config)
+    exact()  # here for what follows without a Trainer, and by the callback in processes that it starts
     if in_processes(config):  # of its own making, also under Slurm and torchrun
         options["plugins"] = [LightningEnvironment() if nodes_of(config) > 1 else OneNode()]
     try:
         return build(
             config,
             "trainer",
-            callbacks=list(callbacks),
+            callbacks=[Float32(), *callbacks],
             use_distributed_sampler=False,  # it pads; src.data shards exactly
             inference_mode=False,  # attacks need gradients at test time
             num_sanity_val_steps=0,

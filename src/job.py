@@ -103,8 +103,6 @@ def _measure(
     job: config.Job, names: dict[str, str], out: Path, done: list[Record], radii: list[float], in_sweep: bool
 ) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
-    import torch
-
     from src import pipeline, report
     from src.analyse import look
     from src.checks.across import across
@@ -113,7 +111,6 @@ def _measure(
     from src.terminal import print_table
     from src.tracking import NoTracker, relog
 
-    torch.backends.cudnn.allow_tf32 = False  # verdicts are in float32; TF32 has the mantissa of a half
     done += pipeline.recall(job, Names(**names), out)
     if done and in_sweep:
         return  # the sweep's table shows them; figures and a W&B run were made when the cells were

@@ -7,9 +7,11 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
+from src import fit
 from src.attacks.fgsm import FGSM
 from src.attacks.pgd import PGD
 from src.callbacks.attack_callback import AttackCallback
+from src.callbacks.float32 import Float32
 from src.errors import UserError
 from src.keys import seed_of
 from src.threat import ThreatModel
@@ -123,3 +125,13 @@ def test_validation_may_have_an_attack_of_its_own() -> None:
     )
     assert torch.equal(judged["image"], expected)
     assert not torch.equal(learnt["image"], judged["image"])
+
+
+def test_every_trainer_keeps_convolutions_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    made = fit.trainer({"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": 1, "logger": False})
+    assert not torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True  # as in a process that is started later
+    (own,) = [callback for callback in made.callbacks if isinstance(callback, Float32)]
+    own.setup(made, None, "test")
+    assert not torch.backends.cudnn.allow_tf32

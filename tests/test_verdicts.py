@@ -163,6 +163,27 @@ def test_what_rounding_takes_back_is_pushed_on(norm: str) -> None:
     assert torch.equal((saved.images * 255).round() / 255, saved.images)
 
 
+@pytest.mark.parametrize("attack", [DeepFool(), FAB(steps=10)])
+def test_a_change_that_rounding_takes_back_whole_is_made_large_enough(attack: Attack) -> None:
+    model = Linear(channels=3, side=16, classes=2)
+    images = torch.randint(0, 256, (400, 3, 16, 16), generator=torch.Generator().manual_seed(1)) / 255
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    near = attack(model, images, labels, ThreatModel(norm="linf", eps=0.4 / 255)).success
+    assert int(near.sum()) > 10
+    threat = ThreatModel(norm="linf", eps=2 / 255, quantize=True)
+    attacked = attack(model, images[near], labels[near], threat)
+    assert attacked.success.all()
+    assert torch.equal((attacked.images * 255).round() / 255, attacked.images)
+
+
+def test_restarts_draw_on_the_cpu_for_any_device() -> None:
+    x, found = torch.empty(2, 3, 4, 4, device="meta"), torch.ones(2, device="meta")
+    for norm in (Norm.LINF, Norm.L2, Norm.L1):
+        start = FAB._random_start(x, found, ThreatModel(norm=norm, eps=0.1), torch.Generator())
+        assert start.shape == x.shape
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_rounding_into_the_budget_gives_up_as_little_as_it_can(norm: str) -> None:
     images, _ = of(Viewed(), 16)

@@ -39,7 +39,9 @@ class AutoAttack(Ensemble):
         eot_iter: ``rand`` only: gradients averaged in each step.
 
     Where ours departs from the reference: what its members say of themselves; an image that holds comes back as the
-    first APGD left it instead of clean; with fewer than ten classes the targeted members try all there are.
+    first APGD left it instead of clean; images meant for another model or other draws (``threat.exhaust``) go on to
+    further members until the goal leads by far, and are those in which it leads by most; with fewer than ten classes
+    the targeted members try all there are.
 
     Example::
 

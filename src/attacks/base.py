@@ -27,6 +27,7 @@ from src.threat import Norm, ThreatModel
 
 Model = Callable[[Tensor], Tensor]
 
+TINY = 1e-12
 COARSE = 2**-6  # of the largest logit: what a bfloat16 pass may be wrong by
 PUSHES = (1e-4, 1e-3, 0.01, 0.02, 0.04, 0.08, 0.16)  # shares by which what fell back is pushed on
 ROUNDED = (0.3, 0.6, 1.0, 2.0, 4.0)  # and further, where rounding to 8 bits swallows small changes
@@ -172,7 +173,9 @@ class Attack(ABC):
         made = self._allowed(clean, found, threat)
         logits = model.verdict(made)
         if self.minimal:
-            fallen = ~fooled(logits, y, threat) & (made != clean).flatten(1).any(dim=1)
+            # What was found, not what is left of it: rounding may have taken the whole change back.
+            within = threat.distance(clean, found) <= threat.eps + threat.slack
+            fallen = ~fooled(logits, y, threat) & within & (found != clean).flatten(1).any(dim=1)
             if bool(fallen.any()):
                 view = model.of(fallen)
                 made[fallen], logits[fallen] = self._pushed(view, clean[fallen], found[fallen], y[fallen], threat)
@@ -189,6 +192,9 @@ class Attack(ABC):
         """
         result = self._allowed(clean, found, threat)
         logits, rows = model.verdict(result), torch.arange(len(clean), device=clean.device)
+        if threat.quantize:  # at least as far as the largest value needs not to be rounded away
+            largest = (found - clean).flatten(1).abs().amax(dim=1).clamp_min(TINY)
+            found = clean + (found - clean) * (0.501 / 255 / largest).clamp_min(1).view(-1, 1, 1, 1)
         for push in (*PUSHES, *(ROUNDED if threat.quantize else ())):
             further = (clean[rows] + (1 + push) * (found[rows] - clean[rows])).clamp(0, 1)
             further = self._allowed(clean[rows], further, threat)

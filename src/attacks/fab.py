@@ -150,7 +150,7 @@ class FAB(Attack):
             noise = torch.randn(x.shape, generator=generator)
         order = {Norm.LINF: math.inf, Norm.L2: 2.0, Norm.L1: 1.0}[threat.norm]
         size = torch.linalg.vector_norm(noise.flatten(1), ord=order, dim=1).view(-1, 1, 1, 1)
-        return (x + (radius / 2 * noise / size).to(x.device)).clamp(0, 1)
+        return (x + radius / 2 * (noise / size).to(x.device)).clamp(0, 1)
 
 
 def to_plane(start: Tensor, slope: Tensor, rise: Tensor, norm: Norm) -> Tensor:

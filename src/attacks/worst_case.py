@@ -17,6 +17,9 @@ from src.threat import Norm, ThreatModel
 class WorstCase(Ensemble):
     """An image holds only if it holds against every member; among the successes, the nearest is kept.
 
+    Images meant for another model, or for other draws of a random one (``threat.exhaust``), are those in which the goal
+    leads by most, and are spared further members only once it leads by far.
+
     Paper: per-image worst case over an ensemble as in Croce, Hein 2020, https://arxiv.org/abs/2003.01690, and over any
     set of attacks as in Carlini et al. 2019, "On Evaluating Adversarial Robustness", https://arxiv.org/abs/1902.06705
 
