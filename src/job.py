@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,8 @@ def run(cfg: DictConfig, settings: str) -> None:
             return
         with leaving.on_sigterm():
             _measure(job, names, out, done, radii, in_sweep)
-        keys = [record.key for record in done]
-        _forget(out / "records", keys, Path(job.paths.artifacts) / "records")
-        retry.mark(out, settings, keys)
+        _forget(out / "records", done, Path(job.paths.artifacts) / "records")
+        retry.mark(out, settings, [record.key for record in done])
     except Exception as error:
         reason = explain(error)
         for record in _failed(cfg, names, reason, done, radii):
@@ -209,13 +209,17 @@ def _failed(
     ]
 
 
-def _forget(folder: Path, keys: list[str], cache: Path) -> None:
-    """Remove what an earlier try in the job's own folder left under keys that its cells no longer have."""
+def _forget(folder: Path, done: list[Record], cache: Path) -> None:
+    """Remove what an earlier try left of the cells in ``done`` under other keys; other jobs may share the folder."""
     if folder.resolve() == cache.resolve():  # somebody gave the cache as the folder of the run
         return
-    for path in folder.iterdir():
-        if path.suffix in (".json", ".npz") and path.stem not in keys:
-            path.unlink()
+    keys, cells = {record.key for record in done}, {(record.gap_key, record.access) for record in done}
+    for path in folder.glob("*.json"):
+        with suppress(UserError):  # what cannot be read is the report's to name
+            found = records.load(path)
+            if found.key not in keys and (found.gap_key, found.access) in cells:
+                for stale in (path, path.with_suffix(".npz")):
+                    stale.unlink(missing_ok=True)
 
 
 def _short(path: Path) -> str:

@@ -169,7 +169,7 @@ def test_of_a_job_that_fails_midway_the_cells_that_are_left_are_rows(
     assert [(r.eps, r.access) for r in found if r.status == "failed"] == [(None, "")]  # all the cells are done
 
 
-def test_a_job_that_is_done_leaves_no_cell_of_an_earlier_try_in_its_folder(
+def test_a_job_that_is_done_leaves_no_cell_of_an_earlier_try_in_its_folder_and_those_of_other_jobs_alone(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as one measured before the attack was mended: its key is another, its place in the table the same."""
@@ -180,13 +180,21 @@ def test_a_job_that_is_done_leaves_no_cell_of_an_earlier_try_in_its_folder(
     old = records.load(path).model_copy(update={"key": "0ld"})
     for folder in ("run", "artifacts"):
         records.save(old, tmp_path / folder / "records").with_suffix(".npz").touch()
+    others = {"attack": "pgd", "defense": "vae", "variant": "defense.beta=2", "eps": 0.1, "access": "gray_box",
+              "norm": "l2", "seed": 1, "targeted": True}  # fmt: skip
+    strangers = {"not", *others}
+    for name, value in others.items():  # jobs that were given the same folder
+        other = old.model_copy(update={"key": name, name: value})
+        records.save(other, tmp_path / "run" / "records").with_suffix(".npz").touch()
+    (tmp_path / "run" / "records" / "not.json").write_text("a record")
 
     with monkeypatch.context() as patch:
         patch.setattr(report, "write_report", lambda *_: 1 / 0)
         assert command(*arguments).code == 1
     assert (tmp_path / "run" / "records" / "0ld.json").exists()  # until the job is done
     ok(command(*arguments))
-    assert {file.stem for file in (tmp_path / "run" / "records").iterdir()} == {path.stem}
+    assert {file.stem for file in (tmp_path / "run" / "records").iterdir()} == {path.stem, *strangers}
+    assert not (tmp_path / "run" / "records" / "0ld.npz").exists()
     ok(command(*arguments[:-1], "hydra.run.dir=artifacts"))
     assert {"0ld.json", "0ld.npz", path.name} <= {file.name for file in (tmp_path / "artifacts" / "records").iterdir()}
 
