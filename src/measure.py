@@ -149,7 +149,7 @@ class Bench:
             **asdict(self.names),
             **self._certified,
             defense_memory_mib=self._memory,
-            stages=self.keys,
+            stages=self.subject.made | self.keys,
             uses=sorted({*self._common, *self.stages.used}),
             checks=self.checked.of_cell(threat, access, made, seen),
             robust_accuracy_redraws=self._redrawn(made["image"]),

@@ -77,6 +77,7 @@ def prepare(job: Job, names: Names, stages: Stages, tracker: NoTracker) -> tuple
         surrogate=surrogate,
         keys={"classifier": classifier_key, "defense": defense_key}
         | ({"surrogate": surrogate_key} if surrogate_key else {}),
+        made=workshop.made,
     )
     return Bench(job, names, data, stages, subject), radii
 

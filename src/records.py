@@ -80,7 +80,8 @@ class Record(BaseModel):
     checks: dict[str, float] = Field(default_factory=dict)  # figures of the sanity checks that were taken
     flags: list[str] = Field(default_factory=list)  # those that were raised, see docs/checks.md
 
-    stages: dict[str, str] = Field(default_factory=dict)  # kind of stage → its content key
+    # Kind of stage → its content key; "defense_LABEL" is the part of a chain that has this label in the config.
+    stages: dict[str, str] = Field(default_factory=dict)
     uses: list[str] = Field(default_factory=list)  # keys of all stages that the cell was made from
     config: dict[str, Any] = Field(default_factory=dict)  # the resolved config of the cell
     versions: dict[str, str] = Field(default_factory=dict)

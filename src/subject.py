@@ -27,3 +27,5 @@ class Subject:
     defended: DefendedModel
     surrogate: Classifier | None
     keys: dict[str, str]
+    # Stages behind the models → key: "classifier", "surrogate", "defense" or, for a part of a chain, "defense_LABEL".
+    made: dict[str, str]

@@ -47,6 +47,7 @@ class Workshop:
         self.data = data
         self.stages = stages
         self.tracker = tracker
+        self.made: dict[str, str] = {}  # see Subject
         spec = data.spec
         self.shape = {
             "channels": spec.channels,
@@ -93,7 +94,7 @@ class Workshop:
             raise UserError(f"{group}.fit: missing; it says how to train, see conf/fit/default.yaml")
         what = f"{what} on {self.data.spec.name}"
         about["smoothing"] = smoothing
-        return module, self._trained("classifier", module, trained.fit, what, about, seed=seed)
+        return module, self._trained(group, module, trained.fit, what, about, seed=seed)
 
     def defense(self, name: str, classifier: Classifier, classifier_key: str) -> tuple[DefendedModel, str]:
         """The classifier behind the trained defense of the config, with frozen thresholds, and the defense's key."""
@@ -139,7 +140,7 @@ class Workshop:
         what = f"defense {name} on {self.data.spec.name}"
         later = {argument: value for argument, value in node.items() if argument in module.at_test}
         about["node"] = {argument: value for argument, value in node.items() if argument not in later}
-        key = self._trained("defense", module, trained.fit, what, about, callbacks)
+        key = self._trained(group, module, trained.fit, what, about, callbacks)
         return module, content_key(training=key, at_test=later) if later else key
 
     def _trained_on(
@@ -220,7 +221,7 @@ class Workshop:
 
     def _trained(
         self,
-        kind: str,
+        group: str,
         module: Classifier | Defense,
         recipe: Recipe,
         what: str,
@@ -241,6 +242,8 @@ class Workshop:
             **_beside(self.job),
         }
         key = content_key(**about)
+        prefix = group.replace(".parts.", "_")
+        self.made[prefix] = key
 
         def train(folder: Path) -> None:
             extra = [build(node, f"callbacks.{name}") for name, node in self.job.callbacks.items()]
@@ -253,10 +256,11 @@ class Workshop:
                 seed=seed,
                 callbacks=[*(callbacks or []), *extra],
                 # One with a connection of its own cannot follow into other processes: the CSV is logged afterwards.
-                logger=not fit.in_processes(self.job.trainer) and self.tracker.lightning_logger(kind),
+                logger=not fit.in_processes(self.job.trainer) and self.tracker.lightning_logger(prefix),
             )
             records.save_tensors(module.state_dict(), folder / "weights.pt")
 
+        kind = "defense" if isinstance(module, Defense) else "classifier"  # a surrogate is one too
         folder = self.stages.make(kind, key, what=what, build=train, about=about)
         if not self.stages.plan:
             load_weights(module, folder / "weights.pt", str(folder))

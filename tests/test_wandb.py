@@ -11,12 +11,15 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from src import config
+from src import config, fit, pipeline
 from src import records as store
+from src.audit import composed
 from src.data.digits import Digits
 from src.errors import UserError
 from src.report.__main__ import _relog, main
 from src.report.command import CONF
+from src.stages import Stages
+from src.subject import Names
 from src.tracking import NoTracker, dashboard, relog
 from tests.conftest import Outcome
 from tests.test_report import cell, pair, sidecar
@@ -72,7 +75,7 @@ def test_records_are_logged_at_any_time(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(("parts", "prefixes"), [(["a"], ["defense"]), (["a", "b"], ["defense_1", "defense_2"])])
 def test_curves_of_every_training_are_found(parts: list[str], prefixes: list[str], tmp_path: Path) -> None:
-    """A surrogate lies among the classifiers; the key of a detector or a chain is no folder."""
+    """A surrogate lies among the classifiers; the key of a detector or, in older records, a chain is no folder."""
     for place, (kind, key) in enumerate([("classifier", "c"), ("classifier", "s"), *(("defense", k) for k in parts)]):
         (tmp_path / kind / key).mkdir(parents=True)
         (tmp_path / kind / key / "metrics.csv").write_text(f"epoch,step,loss\n0,0,{place}\n")
@@ -85,6 +88,39 @@ def test_curves_of_every_training_are_found(parts: list[str], prefixes: list[str
 
     relog.log_job(Heard(), [record], {"paths": {"artifacts": str(tmp_path)}}, [])
     assert found == {name: place for place, name in enumerate(["classifier", "surrogate", *prefixes])}
+
+
+def test_curves_have_one_name_while_they_are_made_and_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of what is trained, whatever else was found, and of the part of a chain, whatever its key."""
+    live: list[str] = []
+    later: dict[str, float] = {}
+
+    class Heard(NoTracker):
+        def lightning_logger(self, prefix: str) -> bool:
+            live.append(prefix)
+            return False
+
+        def log_curves(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:
+            later[prefix] = rows[0]["loss"]
+
+    def trained(*_: Any, folder: Path, **__: Any) -> None:
+        (folder / "metrics.csv").write_text(f"epoch,step,loss\n0,0,{len(live)}\n")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fit, "fit", trained)
+    few = ["logger=none", "callbacks=none", "limit.train_images=60", "limit.test_images=5", "attack=fgsm"]
+    parts = ["defense=chain", "defense@defense.parts.first=autoencoder", "defense@defense.parts.last=magnet"]
+    names = Names(dataset="digits", classifier="cnn3", defense="chain", attack="fgsm")
+    stages = Stages(Path("artifacts"))
+    for more in (["defense=none"], [*parts, "threat.access=transfer", "+classifier@surrogate=cnn3"]):
+        job, _ = composed([*few, "threat.eps=0.1", *more])
+        bench, radii = pipeline.prepare(job, names, stages, Heard())
+    assert live == ["classifier", "defense_first", "defense_last", "surrogate"]
+    (record,) = pipeline.run(bench, radii, tmp_path)
+    relog.log_job(Heard(), [record], job.model_dump(mode="json"), [])
+    assert later == {name: place for place, name in enumerate(live, 1)}
 
 
 def test_the_id_of_a_run_knows_what_is_measured_and_nothing_else() -> None:

@@ -46,5 +46,8 @@ class NoTracker:
         """Accuracy over eps, one mapping a radius, by its ``eps``."""
 
     def lightning_logger(self, prefix: str) -> Logger | bool:
-        """What to hand to ``Trainer(logger=...)`` for the stage called ``prefix``; False for no logger."""
+        """What to hand to ``Trainer(logger=...)`` for the stage called ``prefix``; False for no logger.
+
+        ``log_curves`` gets the same prefix when the job is done.
+        """
         return False

@@ -53,13 +53,16 @@ def log_job(tracker: NoTracker, records: Sequence[Record], config: Mapping[str, 
 def _trainings(record: Record, root: Path) -> list[tuple[str, Path]]:
     """The stages that a cell's models were trained in, with the prefix of their curves.
 
-    A surrogate lies among the classifiers. The key of a detector or a chain is made of others, which ``uses`` names.
+    A surrogate lies among the classifiers. The key of a detector or a chain is made of others, which ``uses`` names;
+    records of earlier versions do not say which part of a chain is which.
     """
     bare = [(kind, root / "classifier" / key) for kind, key in record.stages.items() if kind in _NETWORKS]
+    labelled = [(name, root / "defense" / key) for name, key in record.stages.items() if name.startswith("defense_")]
     keys = sorted({*record.uses, *record.stages.values()})
     parts = [root / "defense" / key for key in keys if key and (root / "defense" / key).is_dir()]
     several = len(parts) > 1
-    return [*bare, *((f"defense_{place}" if several else "defense", part) for place, part in enumerate(parts, 1))]
+    numbered = [(f"defense_{place}" if several else "defense", part) for place, part in enumerate(parts, 1)]
+    return [*bare, *(labelled or numbered)]
 
 
 def relog(
