@@ -104,13 +104,16 @@ class AttackedImages:
         parts = {"data": self.keys["data"], role: self.keys[role], **self.parts(threat)}
         if target is not None:
             parts |= {"classifier": self.keys["classifier"], "draws": self.draws, "target": type(target).__name__}
+        about = dict(parts)
+        if role == "defense":  # its key may name no stage
+            about["made_from"] = {name: key for name, key in self.subject.made.items() if name != "surrogate"}
         what = f"examples {self.names.attack} {threat.norm} eps {threat.eps:.4g} on {role}"
 
         def make(folder: Path) -> None:
             keep = {"image": None, "clean": None if self.attack.minimal else LOOKED_AT["full"]}
             self.test(model, self._callback(threat, target), path=folder / "examples.pt", keep=keep)
 
-        return self.stages.make("examples", content_key(**parts), what=what, build=make, about=parts)
+        return self.stages.make("examples", content_key(**parts), what=what, build=make, about=about)
 
     def shown(self, images: Tensor, seed: int | None = None) -> Table:
         """What the defended model makes of attacked images; ``seed``: under another draw of its randomness."""

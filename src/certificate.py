@@ -11,22 +11,23 @@ from src import records
 from src.config import Job
 from src.data.augment import to_float
 from src.data.base import ImageDataModule
-from src.defenses.guarded import DefendedModel
 from src.keys import content_key, source_digest
 from src.stages import Stages
+from src.subject import Subject
 
 RADII = [0.25 * step for step in range(13)]  # l2, of the certified curve
 
 
 def certified(
-    defended: DefendedModel, keys: dict[str, str], data: ImageDataModule, stages: Stages, job: Job
+    subject: Subject, keys: dict[str, str], data: ImageDataModule, stages: Stages, job: Job
 ) -> tuple[str, dict[str, Any]]:
     """The key of the certificate's stage, and the fields of a record that come from it.
 
     Args:
-        defended: a model with ``certify``.
+        subject: its defended model has ``certify``.
         keys: content keys of data, classifier and defense.
     """
+    defended = subject.defended
     certify = defended.certify
     assert certify is not None
     count = min(defended.certify_images, len(data.test))
@@ -44,7 +45,7 @@ def certified(
         records.save_tensors(torch.cat(radii), folder / "radius.pt")
 
     key = content_key(**parts)
-    folder = stages.make("certificate", key, what="certificate", build=make, about=parts)
+    folder = stages.make("certificate", key, what="certificate", build=make, about=parts | {"made_from": subject.made})
     radius = torch.load(folder / "radius.pt", weights_only=True)
     curve = {f"{r:g}": float((radius >= r).double().mean()) for r in RADII}
     return key, {"certified_n": count, "certified": curve}

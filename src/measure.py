@@ -171,7 +171,7 @@ class Bench:
     def _certified(self) -> dict[str, Any]:
         if self.subject.defended.certify is None:
             return {}
-        key, found = certified(self.subject.defended, self.keys, self.data, self.stages, self.job)
+        key, found = certified(self.subject, self.keys, self.data, self.stages, self.job)
         self._common.append(key)
         return found
 

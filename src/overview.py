@@ -50,8 +50,8 @@ def scan(root: Path, cells: Iterable[Record] = ()) -> list[Stage]:
     ]  # fmt: skip
     whole = {stage.key: stage for stage in stages if not stage.leftover}
     for stage in whole.values():
-        stage.reads = sorted(key for key in _texts(json.loads((stage.path / "meta.json").read_text())["about"])
-                             if key in whole and key != stage.key)  # fmt: skip
+        stage.reads = sorted({key for key in _texts(json.loads((stage.path / "meta.json").read_text())["about"])
+                              if key in whole and key != stage.key})  # fmt: skip
     needs: Counter[str] = Counter()
     for cell in cells:
         # Records of earlier versions name the models only.
@@ -100,10 +100,12 @@ def _reachable(keys: Iterable[str], stages: dict[str, Stage]) -> set[str]:
 
 
 def _spared(stages: Sequence[Stage]) -> set[str]:
-    """Keys of the stages made lately, and of those they were made from."""
+    """Keys of what was made or worked at lately, and of the stages it was made from."""
     whole = {stage.key: stage for stage in stages if not stage.leftover}
     since = time.time() - YOUNG * 3600
-    return _reachable((key for key, stage in whole.items() if stage.path.stat().st_mtime > since), whole)
+    # A checkpoint is written over the one before, of which the folder's own time knows nothing.
+    young = {s.key for s in stages if max(path.stat().st_mtime for path in (s.path, *s.path.rglob("*"))) > since}
+    return young | _reachable(young, whole)
 
 
 def _held(stage: Stage) -> bool:
@@ -196,7 +198,7 @@ def _gc(stages: Sequence[Stage], broken: Sequence[str], *, yes: bool) -> int:
         )
     spared = _spared(stages)
     unused = [stage for stage in stages if not stage.users and not _held(stage)]
-    free = [stage for stage in unused if stage.leftover or stage.key not in spared]
+    free = [stage for stage in unused if stage.key not in spared]
     _print(free)
     total = human(sum(stage.size for stage in free))
     if kept := len(unused) - len(free):

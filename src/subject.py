@@ -27,5 +27,6 @@ class Subject:
     defended: DefendedModel
     surrogate: Classifier | None
     keys: dict[str, str]
-    # Stages behind the models → key: "classifier", "surrogate", "defense" or, for a part of a chain, "defense_LABEL".
+    # Stages behind the models → key: "classifier", "surrogate", "defense" or, for a part of a chain, "defense_LABEL";
+    # "thresholds". The key of a defense may be made of theirs, and then names no stage.
     made: dict[str, str]

@@ -43,10 +43,7 @@ class Workshop:
     """What training a stage needs: the job's settings, the data, the cache and the tracker."""
 
     def __init__(self, job: Job, data: ImageDataModule, stages: Stages, tracker: NoTracker) -> None:
-        self.job = job
-        self.data = data
-        self.stages = stages
-        self.tracker = tracker
+        self.job, self.data, self.stages, self.tracker = job, data, stages, tracker
         self.made: dict[str, str] = {}  # see Subject
         spec = data.spec
         self.shape = {
@@ -212,7 +209,9 @@ class Workshop:
             records.save_tensors(defended.set_thresholds(torch.cat(scores)), folder / "thresholds.pt")
 
         key = content_key(**about)
+        about["made_from"] = dict(self.made)  # for people and gc: the defense's key may name no stage
         folder = self.stages.make("thresholds", key, what="thresholds of the detector", build=scored, about=about)
+        self.made["thresholds"] = key
         if self.stages.plan:
             return key
         frozen: dict[str, Tensor] = torch.load(folder / "thresholds.pt", weights_only=True)
@@ -241,9 +240,8 @@ class Workshop:
             "source": source_digest(type(module), *_networks(module), Recipe, augment, loaders, within="src.defenses"),
             **_beside(self.job),
         }
-        key = content_key(**about)
         prefix = group.replace(".parts.", "_")
-        self.made[prefix] = key
+        key = self.made[prefix] = content_key(**about)
 
         def train(folder: Path) -> None:
             extra = [build(node, f"callbacks.{name}") for name, node in self.job.callbacks.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from src import records
+from src import fit, pipeline, records
+from src.audit import composed
 from src.overview import YOUNG, human, main, scan
 from src.records import Record
 from src.stages import Stages
+from src.subject import Names
+from src.tracking import NoTracker
 from tests.conftest import Outcome
 from tests.test_pipeline import SMALL, ok
 
@@ -39,7 +43,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def _made(folder: Path, *, hours_ago: float) -> None:
-    os.utime(folder, times=(time.time() - 3600 * hours_ago,) * 2)
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, times=(time.time() - 3600 * hours_ago,) * 2)
 
 
 def _write(path: Path, text: str) -> None:
@@ -76,8 +81,9 @@ def test_verify_finds_damage_and_says_so_by_its_exit_code(root: Path, capsys: py
 
 
 def test_gc_shows_first_and_frees_only_what_nothing_needs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (root / "defense" / ".dddd.partial").mkdir()
-    (root / "defense" / "bbbb.damaged-1").mkdir()
+    for name in (".dddd.partial", "bbbb.damaged-1"):
+        (root / "defense" / name).mkdir()
+        _made(root / "defense" / name, hours_ago=YOUNG + 1)
     assert main(["gc", "--artifacts", str(root)]) == 0
     shown = capsys.readouterr().out
     assert "cccc" in shown
@@ -93,6 +99,7 @@ def test_gc_shows_first_and_frees_only_what_nothing_needs(root: Path, capsys: py
 
 def test_gc_spares_what_is_being_made_and_what_older_records_name(root: Path) -> None:
     (root / "defense" / ".dddd.partial").mkdir()
+    _made(root / "defense" / ".dddd.partial", hours_ago=YOUNG + 1)
     old = records.load(root / "records" / "eeee.json").model_copy(update={"uses": [], "stages": {"defense": "cccc"}})
     records.save(old, root / "records")
     with FileLock(root / "defense" / ".dddd.lock"):
@@ -114,6 +121,50 @@ def test_gc_spares_what_a_job_may_be_at_work_with_before_its_first_record(
     assert (root / "classifier" / "aaaa").exists()  # older, but what the young one was made from
     assert (root / "defense" / "bbbb").exists()
     assert not (root / "defense" / "cccc").exists()
+
+
+def test_gc_spares_the_checkpoint_of_a_training_that_waits_to_go_on(root: Path) -> None:
+    partial = root / "defense" / ".dddd.partial"
+    partial.mkdir()
+    (partial / "last.ckpt").touch()
+    os.utime(partial, times=(0, 0))  # begun long ago; the checkpoint was written over an hour ago
+    os.utime(partial / "last.ckpt", times=(time.time() - 3600,) * 2)
+    assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+    assert (partial / "last.ckpt").exists()
+    _made(partial, hours_ago=YOUNG + 1)
+    assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("defense", "kind", "overrides"),
+    [
+        ("vae_kl", "thresholds", []),
+        ("vae", "examples", ["attack=deepfool", "threat=l2"]),
+        ("smoothing", "certificate", [f"defense.{name}=2" for name in ("votes", "select_draws", "certify_images")]),
+    ],
+)
+def test_gc_spares_the_training_behind_a_stage_made_lately(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defense: str, kind: str, overrides: list[str]
+) -> None:
+    """Also where how it is used is part of the defense's key, which then is that of no stage."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fit, "fit", lambda *_, **__: None)
+    arguments = ["logger=none", "callbacks=none", "limit.train_images=60", "limit.test_images=4", "threat.eps=0.1",
+                 "threat.access=white_box", "attack=fgsm", f"defense={defense}", *overrides]  # fmt: skip
+    job, chosen = composed(arguments)
+    names = Names(**{name: chosen[name] for name in ("dataset", "classifier", "defense", "attack")})
+    root = tmp_path / "artifacts"
+    bench, radii = pipeline.prepare(job, names, Stages(root), NoTracker())
+    if kind != "thresholds":
+        list(pipeline.run(bench, radii, tmp_path))
+    shutil.rmtree(root / "records", ignore_errors=True)
+    stages = {stage.kind: stage for stage in scan(root)}
+    assert {stages["classifier"].key, stages["defense"].key} <= set(stages[kind].reads)
+    for stage in stages.values():
+        _made(stage.path, hours_ago=YOUNG + (-1 if stage.kind == kind else 1))
+    assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+    assert {stage.kind for stage in scan(root)} >= {"classifier", "defense", kind}
 
 
 def test_gc_frees_nothing_while_a_record_cannot_be_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
