@@ -99,7 +99,8 @@ def _weights(path: Path, config: Path | None) -> list[str]:
     kind, about = found["kind"], found["about"]
     if kind not in ("classifier", "defense"):
         raise UserError(f"{path}: {found['what']}; expected the weights of a classifier or a defense")
-    chosen = [*_choice(kind, about["node"]), f"{kind}.{checkpoint}"]
+    seed = [f"seed={about['seed']}"] if "seed" in about else []  # it decides the validation images
+    chosen = [*_choice(kind, about["node"]), f"{kind}.{checkpoint}", *seed]
     key = about.get("classifier") or (about.get("trained_on") or {}).get("classifier")
     beside = path.parent.parent.parent / "classifier" / str(key) / "weights.pt"
     if key and beside.is_file():

@@ -184,6 +184,15 @@ def test_a_defense_that_knows_no_classifier_asks_for_one(judged: Callable[..., s
     assert "damaged" in judged(*words, "classifier=cnn3", "limit.epochs=1", code=1).splitlines()[-1]
 
 
+def test_the_seed_of_a_training_is_that_of_its_audit_unless_given(tmp_path: Path) -> None:
+    about = {"node": {"_target_": "src.classifiers.cnn3.CNN3", "widths": [4, 4, 8]}, "seed": 3}
+    (tmp_path / "weights.pt").touch()
+    (tmp_path / "meta.json").write_text(json.dumps({"kind": "classifier", "what": "classifier cnn3", "about": about}))
+    subject = target.subject_of(str(tmp_path / "weights.pt"), None)
+    for given, seed in (((), 3), (("seed=5",), 5)):
+        assert audit.composed([*audit.FIXED, "attack=noise", *subject, *given])[0].seed == seed
+
+
 def test_the_digest_knows_weights_and_code() -> None:
     one, two = sound(), sound()
     assert own.digest(one) == own.digest(two)
