@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import Tensor
 
-from src import nodes
+from src import nodes, records
 from src.callbacks.collect import Collect
 from src.callbacks.float32 import Float32, exact
 from src.classifiers.module import Classifier
@@ -188,7 +188,7 @@ def fit(
 ) -> None:
     """Train ``module``, or go on with what lies in ``folder``; leaves the weights of the best validation epoch in it.
 
-    Writes ``folder/metrics.csv``, the training curves. Checkpoints are removed when training is over.
+    Writes ``folder/weights.pt`` and ``folder/metrics.csv``, the training curves. Checkpoints are removed after that.
     """
     monitor, mode = module.monitor
     module.recipe = recipe
@@ -214,6 +214,7 @@ def fit(
     _together(Run(config, options, "fit", module, data, {"ckpt_path": _last(folder), "weights_only": True}))
     state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
     module.load_state_dict(state)
+    records.save_tensors(module.state_dict(), folder / "weights.pt")
     written = folder / "curves" / "metrics.csv"
     if written.exists():
         written.replace(folder / "metrics.csv")

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from src.errors import UserError
 from src.keys import file_digest
+from src.records import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Stages:
                 return final
             partial = final.parent / f".{key}.partial"
             partial.mkdir(exist_ok=True)
+            clear(partial, "meta.json", ".*.part")  # of a try that ended here: no files of the stage
             log.info("%s: making it (%s)%s", what, key, ", resuming" if any(partial.iterdir()) else "")
             started = time.perf_counter()
             build(partial)
@@ -79,7 +81,7 @@ class Stages:
                 "files": {path.name: file_digest(path) for path in sorted(partial.iterdir())},
                 "about": about,
             }
-            (partial / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+            write_whole(partial / "meta.json", json.dumps(meta, indent=1, default=str).encode())
             partial.rename(final)
         return final
 

@@ -256,7 +256,6 @@ class Workshop:
                 # One with a connection of its own cannot follow into other processes: the CSV is logged afterwards.
                 logger=not fit.in_processes(self.job.trainer) and self.tracker.lightning_logger(prefix),
             )
-            records.save_tensors(module.state_dict(), folder / "weights.pt")
 
         kind = "defense" if isinstance(module, Defense) else "classifier"  # a surrogate is one too
         folder = self.stages.make(kind, key, what=what, build=train, about=about)

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from pytorch_lightning import Callback
 
-from src import job, records, report, retry
+from src import fit, job, records, report, retry
 from src.errors import UserError
 from src.measure import Bench
 from src.records import Record
@@ -73,6 +73,23 @@ def test_a_training_told_to_leave_ends_as_one_that_was_not(command: Command, tmp
             assert len(two.read_text().splitlines()) <= len(one.read_text().splitlines())
     first, second = ([figures(r) for r in records.find([tmp_path / place])] for place in ("undisturbed", "artifacts"))
     assert first == second
+
+
+def test_a_training_whose_weights_could_not_be_written_is_not_made_again(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs: list[int] = []
+    monkeypatch.setattr(fit.Seeded, "on_train_epoch_start", lambda _, trainer, *__: epochs.append(1))
+    arguments = (*TINY, "limit.epochs=2", "defense=none", "attack=noise", "threat.access=white_box")
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert command(*arguments).code == 1
+    assert len(epochs) == 2
+    ok(command(*arguments))
+    assert len(epochs) == 2
+    (made,) = tmp_path.glob("artifacts/classifier/[!.]*")
+    assert (made / "weights.pt").exists()
+    assert not list(made.glob("*.ckpt"))
 
 
 class Fails(Callback):

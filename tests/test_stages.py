@@ -70,6 +70,26 @@ def test_a_build_that_fails_leaves_no_stage_and_the_next_goes_on_from_its_files(
     assert seen == ["epoch-1"]
 
 
+@pytest.mark.parametrize("ends", ["while writing", "before the rename"])
+def test_a_stage_interrupted_at_its_last_file_is_whole_when_made_again(
+    tmp_path: Path, ends: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = Stages(tmp_path)
+    with monkeypatch.context() as patch:
+        if ends == "while writing":  # a disk full at the first of many bytes, and no time to clean up
+            patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patch.setattr(Path, "unlink", lambda *_, **__: None)
+        else:
+            patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            make(stages)
+    made = make(stages)
+    assert sorted(file.name for file in made.iterdir()) == ["meta.json", "result.txt"]
+    assert list(json.loads((made / "meta.json").read_text())["files"]) == ["result.txt"]
+    make(stages, lambda _: pytest.fail("made twice"))
+    assert "damaged" not in caplog.text
+
+
 def _race(root: Path) -> None:
     def build(folder: Path) -> None:
         with open(root / "calls", "a") as file:
