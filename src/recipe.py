@@ -57,12 +57,15 @@ class Recipe(BaseModel):
         schedule: lr_scheduler.LRScheduler
         if self.schedule == "cosine":
             schedule = lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        elif steps < 2:  # the one rate of a onecycle is that of its end, next to nothing
+            return {"optimizer": optimizer}
         else:
+            alone = self.warmup * steps == 1  # one step to climb in: torch divides by those after the first
             schedule = lr_scheduler.OneCycleLR(
                 optimizer,
                 self.lr,
                 total_steps=steps,
-                pct_start=self.warmup,
+                pct_start=self.warmup * (1 - 1e-9) if alone else self.warmup,
                 anneal_strategy="linear",
                 div_factor=10,
                 final_div_factor=1000,

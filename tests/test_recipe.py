@@ -1,0 +1,50 @@
+"""The schedule of a training, also of one of very few steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from src.recipe import Recipe
+
+
+def recipe(warmup: float) -> Recipe:
+    return Recipe(
+        epochs=1, batch_size=4, optimizer="sgd", lr=0.5, momentum=0.9, weight_decay=0.0, schedule="onecycle",
+        warmup=warmup, augment=False, patience=None, precision="32-true", channels_last=False,
+    )  # fmt: skip
+
+
+def rates(made: dict, steps: int) -> list[float]:
+    optimizer, found = made["optimizer"], []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if "lr_scheduler" in made:
+            made["lr_scheduler"]["scheduler"].step()
+    return found
+
+
+@pytest.mark.parametrize("warmup", [0.1, 0.2, 0.25, 1 / 3, 0.5])
+@pytest.mark.parametrize("steps", range(1, 11))
+def test_onecycle_of_few_steps_learns(warmup: float, steps: int) -> None:
+    found = rates(recipe(warmup).optimizers(nn.Linear(2, 2), steps=steps), steps)
+    assert max(found) >= 0.04
+    assert max(found) <= 0.5
+    if steps > 1:
+        assert found[-1] == pytest.approx(0.5 / 10 / 1000)
+    if warmup * steps == 1:
+        assert found[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.2, 4), (0.2, 6), (0.2, 100), (0.3, 250)])
+def test_onecycle_is_that_of_torch(warmup: float, steps: int) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.5)
+    schedule = OneCycleLR(
+        optimizer, 0.5, total_steps=steps, pct_start=warmup, anneal_strategy="linear", div_factor=10,
+        final_div_factor=1000, cycle_momentum=False,
+    )  # fmt: skip
+    wanted = rates({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}, steps)
+    assert rates(recipe(warmup).optimizers(nn.Linear(2, 2), steps=steps), steps) == wanted
