@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -448,6 +449,22 @@ def test_cache_spares_the_reading_and_survives_damage(
     draw(folder / "test" / "dog" / "00.png", seed=99)
     assert load() != first
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize("limit", [2.0, 1e-9])
+def test_a_cache_keeps_folders_apart_that_differ_in_pixels_only(tmp_path: Path, limit: float) -> None:
+    for number, name in enumerate(("clean", "noisy")):
+        for i in range(12):
+            path = tmp_path / name / str(i % 2) / f"{i}.bmp"
+            draw(path, seed=100 * number + i)
+            os.utime(path, (0, 0))
+    clean, noisy, again = (
+        prepared(ImageFolder(root=str(tmp_path / name), cache=str(tmp_path / "kept"), memory_limit_gib=limit))
+        for name in ("clean", "noisy", "clean")
+    )
+    assert clean.fingerprint != noisy.fingerprint
+    assert clean.fingerprint == again.fingerprint
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(folder: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class ImageFolder(ImageDataModule):
     def _read(
         self, root: Path, entries: list[pictures.Entry], shape: tuple[int, int, int]
     ) -> torch.Tensor | ImageSource:
-        key = pictures.listing_key(entries, self.size)
+        key = pictures.listing_key(root, entries, self.size)
         kept = None if self.cache is None else Path(self.cache).expanduser() / f"pictures-{key}"
         channels, height, width = shape
         if len(entries) * channels * height * width <= self.memory_limit_gib * 2**30:

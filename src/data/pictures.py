@@ -68,10 +68,13 @@ def _walk(folder: Path, prefix: str) -> list[Entry]:
     return sorted(found)
 
 
-def listing_key(entries: Sequence[Entry], resize: int | None) -> str:
-    """Name of a cached file: changes when a picture is added, removed, renamed or written again."""
+def listing_key(root: Path, entries: Sequence[Entry], resize: int | None) -> str:
+    """Name of a cached file: changes when a picture is added, removed, renamed or written again.
+
+    The folder counts: copies of it with changed pixels may keep names, sizes and times.
+    """
     text = "\n".join(f"{entry.path}\t{entry.size}\t{entry.mtime_ns}" for entry in entries)
-    return hashlib.blake2b(f"{_FORMAT} {resize}\n{text}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(f"{_FORMAT} {resize} {root.resolve()}\n{text}".encode(), digest_size=16).hexdigest()
 
 
 class PictureFiles(ImageSource):
