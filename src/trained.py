@@ -46,13 +46,14 @@ class Workshop:
         self.job, self.data, self.stages, self.tracker = job, data, stages, tracker
         self.made: dict[str, str] = {}  # see Subject
         spec = data.spec
+        kind = spec.augment if data.augmentation in (None, "none") else data.augmentation  # none is silent on mirrors
         self.shape = {
             "channels": spec.channels,
             "size": spec.size,
             "num_classes": spec.num_classes,
             "mean": spec.mean,
             "std": spec.std,
-            "symmetric": spec.augment == "crop_flip",
+            "symmetric": kind == "crop_flip",
         }
 
     def classifier(self, name: str) -> tuple[Classifier, str]:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
+from src.audit import FIXED, composed
 from src.data import picture_cache, pictures
 from src.data.augment import Augment, augment_batch, to_float
 from src.data.base import ImageDataModule
@@ -28,7 +29,10 @@ from src.data.loaders import BatchPlan, FileLoader, MemoryLoader
 from src.data.mnist import MNIST
 from src.data.npz import NPZ
 from src.errors import UserError
+from src.stages import Stages
 from src.threat import Norm
+from src.tracking import NoTracker
+from src.trained import Workshop
 
 YAMLS = sorted((Path(__file__).parent.parent / "conf" / "dataset").glob("*.yaml"))
 
@@ -471,6 +475,18 @@ def test_a_cache_that_cannot_be_written_is_no_error(folder: Path, tmp_path: Path
     (tmp_path / "file").touch()
     assert prepared(ImageFolder(root=str(folder), cache=str(tmp_path / "file"))).spec.num_classes == 2
     assert picture_cache.cached_text(None, lambda: "made") == "made"
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "symmetric"), [(None, True), ("none", True), ("crop_flip", True), ("crop", False)]
+)
+def test_networks_mirror_only_what_the_user_lets_be_mirrored(
+    folder: Path, tmp_path: Path, augmentation: Augment | None, symmetric: bool
+) -> None:
+    job, _ = composed([*FIXED, "attack=noise"])
+    data = prepared(ImageFolder(root=str(folder), augmentation=augmentation))
+    assert data.spec.augment == "crop_flip"
+    assert Workshop(job, data, Stages(tmp_path), NoTracker()).shape["symmetric"] == symmetric
 
 
 # Wrong input: one line that names key, value and what is allowed

@@ -59,7 +59,8 @@ class ImageDataModule(LightningDataModule, ABC):
         limit_train: images to take for training and validation together, the first of a seeded shuffle in
             which every beginning has nearly the class shares of the whole; None takes all.
         limit_test: test images to take, the first of one shuffle for every seed; None takes all.
-        augmentation: how to augment when the training asks for it; None is what suits the data.
+        augmentation: how to augment when the training asks for it; None is what suits the data. ``crop`` also says
+            that a mirrored image is of another class, ``crop_flip`` that it is not.
     """
 
     spec: DataSpec
