@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import Tensor
 
-from src import nodes, records
+from src import curves, nodes, records
 from src.callbacks.collect import Collect
 from src.callbacks.float32 import Float32, exact
 from src.classifiers.module import Classifier
@@ -201,10 +201,11 @@ def fit(
     watchers: list[Callback] = [Seeded(seed), Finite(), best]
     if recipe.patience is not None:
         watchers.append(Patience(monitor, mode=mode, patience=recipe.patience, check_finite=False))
-    curves = CSVLogger(save_dir=folder, name="", version="curves", flush_logs_every_n_steps=50)
+    curves.gather(folder)  # of the tries before, whose file the logger would remove
+    written = CSVLogger(save_dir=folder, name="", version="curves", flush_logs_every_n_steps=50)
     options: dict[str, Any] = {
         "callbacks": [*watchers, *callbacks],
-        "logger": [curves, *([logger] if isinstance(logger, Logger) else [])],
+        "logger": [written, *([logger] if isinstance(logger, Logger) else [])],
         "max_epochs": recipe.epochs,
         "precision": recipe.precision,
         "log_every_n_steps": 50,
@@ -215,9 +216,7 @@ def fit(
     state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
     module.load_state_dict(state)
     records.save_tensors(module.state_dict(), folder / "weights.pt")
-    written = folder / "curves" / "metrics.csv"
-    if written.exists():
-        written.replace(folder / "metrics.csv")
+    curves.gather(folder)
     clear(folder, "*.ckpt", "curves")
 
 

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from pytorch_lightning import Callback
 
-from src import fit, job, records, report, retry
+from src import curves, fit, job, records, report, retry
 from src.errors import UserError
 from src.measure import Bench
 from src.records import Record
@@ -64,13 +64,10 @@ def test_a_training_told_to_leave_ends_as_one_that_was_not(command: Command, tmp
     assert "run the same command again" in told.err
     assert "Traceback" not in told.err
     assert "resuming" in ok(command(*arguments)).out
-    for name in ("weights.pt", "metrics.csv"):
-        one, two = (next(tmp_path.glob(f"{place}/classifier/[!.]*/{name}")) for place in ("undisturbed", "artifacts"))
-        if name == "weights.pt":
-            first, second = (torch.load(path, weights_only=True) for path in (one, two))
-            assert all(torch.equal(first[key], second[key]) for key in first)
-        elif when == "stopped":  # no epoch more
-            assert len(two.read_text().splitlines()) <= len(one.read_text().splitlines())
+    one, two = (next(tmp_path.glob(f"{place}/classifier/[!.]*")) for place in ("undisturbed", "artifacts"))
+    weights, again = (torch.load(stage / "weights.pt", weights_only=True) for stage in (one, two))
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert (one / "metrics.csv").read_text() == (two / "metrics.csv").read_text()
     first, second = ([figures(r) for r in records.find([tmp_path / place])] for place in ("undisturbed", "artifacts"))
     assert first == second
 
@@ -88,8 +85,23 @@ def test_a_training_whose_weights_could_not_be_written_is_not_made_again(
     ok(command(*arguments))
     assert len(epochs) == 2
     (made,) = tmp_path.glob("artifacts/classifier/[!.]*")
-    assert (made / "weights.pt").exists()
-    assert not list(made.glob("*.ckpt"))
+    assert sorted(file.name for file in made.iterdir()) == ["meta.json", "metrics.csv", "weights.pt"]
+
+
+def test_curves_of_several_tries_are_those_of_one(tmp_path: Path) -> None:
+    tries = (
+        "epoch,step,loss\n0,9,3\n1,19,2\n",
+        "epoch,lr,step,loss\n1,,19,2.5\n2,0.1,29,1\n3,0.1,3",  # killed while it wrote
+        "",  # killed before it logged
+        "acc,epoch,loss,step\n0.5,3,0.5,39\n",
+    )
+    (tmp_path / "curves").mkdir()
+    for text in tries:
+        (tmp_path / "curves" / "metrics.csv").write_text(text)
+        curves.gather(tmp_path)
+    assert (tmp_path / "metrics.csv").read_text().split() == [
+        "acc,epoch,loss,lr,step", ",0,3,,9", ",1,2.5,,19", ",2,1,0.1,29", "0.5,3,0.5,,39"
+    ]  # fmt: skip
 
 
 class Fails(Callback):
