@@ -103,7 +103,7 @@ def plan(folder: Path) -> None:
     nothing = start_up(folder)
     cost = train(
         folder, "-m", "seed=range(0,25)", f"attack={','.join(ATTACKS)}", f"defense={','.join(DEFENSES)}",
-        f"threat.eps={eps}", *QUIET, "+plan=true",
+        f"threat.eps={eps}", *QUIET, "+plan=true", "paths.artifacts=planned",  # the sweep has made some of these cells
     )  # fmt: skip
     assert "10000 cells: 0 found, 10000 to measure" in (folder / "words.log").read_text()
     print(f"plan of 10,000 cells                     {cost}")
