@@ -61,6 +61,18 @@ class Tally:
         if other:
             self.wrong.append(f"{after}: {len(other)} records differ from those of the undisturbed run")
 
+    def watch(self, folder: Path, made: dict[str, str]) -> None:
+        """Count the stages of ``made`` that were made again or are gone; add what has been made since."""
+        now = stages(folder)
+        self.twice += sum(now.get(key) != made_at for key, made_at in made.items())
+        made |= now
+
+    def failed(self, folder: Path, process: multiprocessing.Process, when: str) -> None:
+        """Record a run that ended as none should."""
+        words = folder / "words.log"
+        tail = words.read_text()[-600:] if words.exists() else ""
+        self.wrong.append(f"{when}: exit code {process.exitcode}: {tail}")
+
 
 def figures(cell: records.Record) -> dict[str, Any]:
     """Everything of a record that must not change from run to run."""
@@ -74,14 +86,22 @@ def run(folder: Path, *more: str) -> None:
     words = os.open("words.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(words, 1)
     os.dup2(words, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["src/train.py", *SWEEP, *SMALL, "hydra.sweep.dir=out", *more]
-    train()
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        train()
+    except KeyboardInterrupt:  # just before or after the command's own care for it, where Python would leave like this
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and multiprocessing would make exit code 1 of it
 
 
 def start(target: Callable[..., None], *args: Any) -> multiprocessing.Process:
+    """A fork of this process. Until its work has begun SIGINT ends it outright, for the same reason."""
     process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process.start()
+    signal.signal(signal.SIGINT, handler)
     return process
 
 
@@ -99,8 +119,7 @@ def finish(folder: Path, tally: Tally, after: str, *more: str) -> float:
     process = start(run, folder, *more)
     process.join()
     if process.exitcode != 0:
-        tail = (folder / "words.log").read_text()[-600:]
-        tally.wrong.append(f"{after}: the sweep run again ended with exit code {process.exitcode}: {tail}")
+        tally.failed(folder, process, f"{after}: the sweep run again")
     return time.perf_counter() - started
 
 
@@ -108,31 +127,34 @@ def killed(root: Path, good: dict[str, Any], whole: float, kills: int, tally: Ta
     """Kill a sweep at random moments, start it again each time; a sweep that came to its end is compared."""
     round_ = 0
     while sum(tally.kills.values()) < kills:
-        folder, made = root / f"killed-{round_}", dict[str, str]()
-        ended = False
-        while not ended:
-            process = start(run, folder)
-            # Short waits as well as long ones: what is left to do shrinks from kill to kill.
-            process.join(chance.uniform(0, whole) * chance.random())
-            if sum(tally.kills.values()) < kills and process.is_alive():
-                number = chance.choice(KILLS)
-                os.kill(process.pid or 0, number)
-                process.join()
-                if process.exitcode == -number or process.exitcode in (130, 143, 1):
-                    tally.kills[number.name] += 1
-                elif process.exitcode != 0:
-                    tally.wrong.append(f"{number.name}: exit code {process.exitcode}")
-            process.join()
-            ended = process.exitcode == 0
-            now = stages(folder)
-            tally.twice += sum(now.get(key, made_at) != made_at for key, made_at in made.items())
-            tally.twice += len(made.keys() - now.keys())
-            made |= now
+        folder = root / f"killed-{round_}"
+        if not _comes_to_its_end(folder, whole, kills, tally, chance):
+            break
         tally.compare(folder, good, f"killed-{round_}")
         shutil.rmtree(folder)
         round_ += 1
     count = ", ".join(f"{number} {name}" for name, number in sorted(tally.kills.items()))
-    tally.say(f"kills survived: {sum(tally.kills.values())} ({count}), over {round_} sweeps")
+    tally.say(f"kills survived: {sum(tally.kills.values())} of {kills} ({count}), over {round_} sweeps")
+
+
+def _comes_to_its_end(folder: Path, whole: float, kills: int, tally: Tally, chance: random.Random) -> bool:
+    """Whether a sweep that is killed and started again ends by itself, and until then as the kill says."""
+    made: dict[str, str] = {}
+    while True:
+        process, number = start(run, folder), None
+        # Short waits as well as long ones: what is left to do shrinks from kill to kill.
+        process.join(chance.uniform(0, whole) * chance.random())
+        if sum(tally.kills.values()) < kills and process.is_alive():
+            number = chance.choice(KILLS)
+            os.kill(process.pid or 0, number)
+        process.join()
+        tally.watch(folder, made)
+        if process.exitcode == 0:
+            return True
+        if number is None or process.exitcode not in (-number, 128 + number):
+            tally.failed(folder, process, number.name if number else "a run that nothing killed")
+            return False
+        tally.kills[number.name] += 1
 
 
 def filled(root: Path, good: dict[str, Any], tally: Tally) -> None:
@@ -144,16 +166,21 @@ def filled(root: Path, good: dict[str, Any], tally: Tally) -> None:
         tally.say(f"full disk: SKIPPED, no tmpfs can be mounted here ({mounted.stderr.decode().strip()})")
         return
     try:
-        failed = 0
+        failed, made = 0, dict[str, str]()
         for size in ("1m", "2m", "4m"):
             subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
             process = start(run, folder)
             process.join()
             failed += process.exitcode != 0
+            tally.watch(folder, made)
         subprocess.run(["mount", "-o", "remount,size=256m", str(folder)], check=True)
         finish(folder, tally, "full disk")
+        tally.watch(folder, made)
+        shutil.rmtree(folder / "artifacts" / "records", ignore_errors=True)  # else they alone would answer
+        finish(folder, tally, "full disk, once more")
+        tally.watch(folder, made)
         tally.compare(folder, good, "full disk")
-        tally.say(f"full disk: {failed} of 3 runs ended for want of room, then one with room")
+        tally.say(f"full disk: {failed} of 3 runs ended for want of room, then two with room")
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -211,7 +238,10 @@ def raced(root: Path, good: dict[str, Any], tally: Tally, racers: int = 8) -> No
     for number in range(racers):
         (folder / f"racer-{number}" / "artifacts").symlink_to(folder / "artifacts")
         tally.compare(folder / f"racer-{number}", good, f"racer {number}")
-    tally.say(f"race: {racers} processes made {len(made)} stages and measured {measured} cells, all of them once")
+    tally.say(
+        f"race: {racers} processes made {len(made)} stages, {sum(made.values())} times in all, "
+        f"and measured {measured} times the {len(good)} cells"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
