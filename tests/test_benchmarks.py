@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import faults, sweep
+from benchmarks import attacks, faults, models, sweep
 
 
 def artifacts_of(arguments: tuple[str, ...]) -> str:
@@ -90,3 +90,27 @@ def test_a_race_prints_what_was_counted(
     faults.raced(tmp_path, {"a": {}}, tally, racers=2)
     assert (tally.twice, tally.doubled) == (1, 1)
     assert "made 1 stages, 2 times in all, and measured 2 times the 1 cells" in capsys.readouterr().out
+
+
+def test_the_page_of_speeds_says_what_ours_was_given() -> None:
+    page, rows = attacks.OUT.read_text(), models.earlier(attacks.OUT)
+    assert attacks.ABOUT in page
+    assert "bfloat16" in attacks.ABOUT
+    for race in attacks.RACES:
+        assert rows[attacks.title(race)][4] == f"attack={race.choice}"
+
+
+def test_rows_measured_with_weights_stay_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "attacks.md"
+    page.write_text(attacks.OUT.read_text().replace("PGD-40, network holds | robust", "something else | robust"))
+    before = models.earlier(page)
+    words = ["attacks", "--only", "square", "pgd", "--on", attacks.ROBUST, "--out", str(page)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(attacks.torch, "set_num_threads", lambda count: None)
+    attacks.main()
+    after = models.earlier(page)
+    pgd, square = [attacks.title(race) for race in attacks.RACES if race.on == attacks.ROBUST][:2]
+    assert after[square] == before[square]
+    assert pgd not in before
+    assert after[pgd][5] == "no weights: --robust-weights"
+    assert len(after[pgd]) == len(after[square])
