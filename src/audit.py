@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.target import kept, subject_of, what
+from src.records import what
+from src.target import kept, subject_of
 
 FIXED = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 RADII = ("linf", "l2")

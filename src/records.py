@@ -232,6 +232,11 @@ def order(record: Record) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+def what(item: str) -> str:
+    """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
+    return item.lstrip("+~").partition("=")[0].rpartition("@")[2]
+
+
 def changes(record: Record) -> list[str]:
     """The overrides of its variant; a comma in brackets parts none."""
     return re.findall(r"(?:\[[^]]*]|[^,])+", record.variant)

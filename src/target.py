@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
+from src.records import what
 
 KEPT = (
     "dataset",
@@ -57,14 +58,9 @@ def _run(folder: Path) -> list[str]:
     return [*chosen, *(item for item in given if kept(item) and not item.startswith(told))]
 
 
-def what(item: str) -> str:
-    """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
-    return item.lstrip("+~").partition("=")[0].rpartition("@")[2]
-
-
 def kept(item: str) -> bool:
     """Whether an override says what the model is, or where it lies."""
-    return any(what(item) == name or what(item).startswith(f"{name}.") for name in KEPT)
+    return any(f"{what(item)}.".startswith(f"{name}.") for name in KEPT)
 
 
 def _names(source: str) -> list[str]:

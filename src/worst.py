@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WORST = "worst_of_all"  # what stands in the column of the attack
-_OF_THE_ATTACK = ("attack.", "attack@", "attack=", "~attack.", "~attack@", "eot_draws", "search_precision")
+_OF_THE_ATTACK = ("attack", "eot_draws", "search_precision")
 
 
 def worst_cases(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]:
@@ -51,7 +51,8 @@ def _threat(record: Record) -> tuple[object, ...]:
 
 def variant_of(record: Record, *, attack: bool = False) -> str:
     """The overrides that are the model's, or those that are the attack's."""
-    return ",".join(item for item in store.changes(record) if item.startswith(_OF_THE_ATTACK) == attack)
+    said = ((item, store.what(item).partition(".")[0]) for item in store.changes(record))
+    return ",".join(item for item, kind in said if (kind in _OF_THE_ATTACK) == attack)
 
 
 def _name(record: Record) -> str:

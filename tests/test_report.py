@@ -206,6 +206,8 @@ def test_no_point_of_a_curve_hides_another(tmp_path: Path) -> None:
     ]
     accesses = [cell(0.1, access, 20, defense="none") for access in ("gray_box", "white_box")]
     accesses.append(cell(0.1, "transfer", 80, defense="none", variant="classifier@surrogate=lenet"))
+    parts = "attack@defense.trained_on.attack=fgsm,defense@defense.parts.first=jpeg,~defense.activation"
+    accesses.append(cell(0.1, "gray_box", attack="fgsm", variant=f"{parts},~attack.steps"))
     weights = [cell(0.1, right=right, defense="chain", stages={"defense": d}) for d, right in (("a", 60), ("b", 40))]
     found = points.bare_lines([*steps, *accesses, *weights])
     assert {(name, line[-1].accuracy) for name, line in found} == {
@@ -213,6 +215,7 @@ def test_no_point_of_a_curve_hides_another(tmp_path: Path) -> None:
         ("no defense (attack.members=[a,b],attack.steps=2)", 0.5),
         ("no defense (attack.members=[a,b],attack.steps=10)", 0.05),
         ("no defense", 0.2),
+        ("no defense (~attack.steps)", 0.2),
         ("no defense, transfer (classifier@surrogate=lenet)", 0.8),
     }
     assert [line[-1].accuracy for _, line in points.defended_lines(weights)] == [0.6, 0.4]

@@ -76,6 +76,7 @@ def test_only_cells_of_one_threat_and_one_model_are_compared(tmp_path: Path) -> 
     for change in (
         {"eps": 0.2}, {"access": "white_box"}, {"defense": "jpeg"}, {"seed": 1}, {"targeted": True}, {"norm": "l2"},
         {"variant": "defense.noise=1"}, {"variant": "defense@defense.parts.first=vae_kl"},
+        {"variant": "attack@defense.trained_on.attack=fgsm"}, {"variant": "~attack@defense.trained_on.validation"},
         {"stages": {"defense": "other"}}, {"attack": "fgsm"},
     ):  # fmt: skip
         other = verdicts(cell(**{"attack": "pgd", "key": "other", **change}), tmp_path, [1, 1])

@@ -35,8 +35,8 @@ def bare_name(record: Record) -> str:
     if record.access != "gray_box" and record.defense != "none":
         return ""
     access = "" if record.access in ("gray_box", "white_box") else f", {record.access}"
-    others = ("defense.", "eot_draws", *(() if record.access == "transfer" else ("classifier@", "surrogate.")))
-    change = ",".join(item for item in store.changes(record) if not item.startswith(others))
+    others = ("defense", "eot_draws", *(() if record.access == "transfer" else ("surrogate",)))
+    change = ",".join(item for item in store.changes(record) if store.what(item).partition(".")[0] not in others)
     return f"{BARE}{access}{f' ({change})' if change else ''}"
 
 
