@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from src.errors import UserError
 
 SCHEMA_VERSION = 4  # 2: checks, redraws; 3: digest; 4: memory
+# Of the trainer and the callbacks: where it runs and what is shown of it. The rest changes what is learnt.
+_PLACED = (
+    "accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary", "detect_anomaly",
+    "profiler", "default_root_dir",
+)  # fmt: skip
+_SHOWN = "src.callbacks.progress.Progress"  # under the name "progress"
 
 
 class Record(BaseModel):
@@ -235,6 +241,23 @@ def order(record: Record) -> tuple[object, ...]:
 def what(item: str) -> str:
     """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
     return item.lstrip("+~").partition("=")[0].rpartition("@")[2]
+
+
+def teaches(item: str) -> bool:
+    """Whether an override of the trainer or the callbacks changes what is learnt; a choice of theirs does not say."""
+    group, name = [*what(item).split("."), ""][:2]
+    return bool(name) and (name not in _PLACED if group == "trainer" else group == "callbacks" and name != "progress")
+
+
+def beside(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes a training beside its recipe: arguments of the Trainer and callbacks that the user has added."""
+    trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name not in _PLACED}
+    if trainer.get("_target_") == "pytorch_lightning.Trainer":
+        del trainer["_target_"]
+    nodes = (config.get("callbacks") or {}).items()
+    callbacks = {name: node for name, node in nodes if (node or {}).get("_target_") != _SHOWN}
+    found = {"trainer": trainer, "callbacks": callbacks}
+    return {name: value for name, value in found.items() if value}
 
 
 def changes(record: Record) -> list[str]:

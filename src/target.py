@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.records import what
+from src.records import beside, teaches, what
 
 KEPT = (
     "dataset",
@@ -55,12 +55,16 @@ def _run(folder: Path) -> list[str]:
     choices = OmegaConf.select(OmegaConf.load(folder / "hydra.yaml"), "hydra.runtime.choices")
     chosen = [f"{group}={choices[group]}" for group in ("dataset", "classifier", "defense")]
     told = ("dataset=", "classifier=", "defense=")
-    return [*chosen, *(item for item in given if kept(item) and not item.startswith(told))]
+    model = [item for item in given if kept(item) and not item.startswith(told) and not teaches(item)]
+    # From the config: a trainer or callbacks of one's own say more than their names, which say where it ran as well.
+    whole: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    added = [f"++{kind}.{name}={_value(node)}" for kind, found in beside(whole).items() for name, node in found.items()]
+    return [*chosen, *model, *added]
 
 
 def kept(item: str) -> bool:
     """Whether an override says what the model is, or where it lies."""
-    return any(f"{what(item)}.".startswith(f"{name}.") for name in KEPT)
+    return teaches(item) or any(f"{what(item)}.".startswith(f"{name}.") for name in KEPT)
 
 
 def _names(source: str) -> list[str]:

@@ -31,13 +31,6 @@ from src.weights import load_weights
 
 log = logging.getLogger(__name__)
 
-# Of the trainer and the callbacks: where it runs and what is shown of it. The rest changes what is learnt.
-PLACED = (
-    "accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary", "detect_anomaly",
-    "profiler", "default_root_dir",
-)  # fmt: skip
-SHOWN = ("src.callbacks.progress.Progress",)
-
 
 class Workshop:
     """What training a stage needs: the job's settings, the data, the cache and the tracker."""
@@ -239,7 +232,7 @@ class Workshop:
             "data": self.data.train_fingerprint,
             "seed": seed,
             "source": source_digest(type(module), *_networks(module), Recipe, augment, loaders, within="src.defenses"),
-            **_beside(self.job),
+            **records.beside(vars(self.job)),
         }
         prefix = group.replace(".parts.", "_")
         key = self.made[prefix] = content_key(**about)
@@ -274,16 +267,6 @@ class Workshop:
         module.eval()
         source = source_digest(type(module), *_networks(module), within="src.defenses")
         return f"own-{content_key(**about, weights=file_digest(path), source=source)}"
-
-
-def _beside(job: Job) -> dict[str, Any]:
-    """What changes a training beside its recipe: arguments of the Trainer and callbacks that the user has added."""
-    trainer = {name: value for name, value in job.trainer.items() if name not in PLACED}
-    if trainer.get("_target_") == "pytorch_lightning.Trainer":
-        del trainer["_target_"]
-    callbacks = {name: node for name, node in job.callbacks.items() if node["_target_"] not in SHOWN}
-    found = {"trainer": trainer, "callbacks": callbacks}
-    return {name: value for name, value in found.items() if value}
 
 
 def _spread(count: int, most: int = 5000) -> list[int]:

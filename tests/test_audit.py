@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from src import audit, pipeline, records, target
+from src import audit, config, pipeline, records, target
 from src.classifiers import own
 from src.data.digits import Digits
 from src.errors import UserError
@@ -38,6 +38,7 @@ def sound() -> nn.Module:
 
 
 NOT_A_MODULE = 3
+WEIGHTS_AVERAGED = "pytorch_lightning.callbacks.StochasticWeightAveraging"
 
 
 @pytest.fixture
@@ -95,6 +96,12 @@ def test_our_stages_a_run_and_a_state_dict(judged: Callable[..., str], command: 
     assert figures[0][0].split()[2] in text  # the same clean accuracy without the defense
 
 
+def stage_keys(job: config.Job, artifacts: Path) -> dict[str, str]:
+    names = Names(dataset="digits", classifier="c", defense="d", attack="a")
+    bench, _ = pipeline.prepare(job, names, Stages(artifacts, plan=True), NoTracker())
+    return {kind: bench.subject.keys[kind] for kind in ("classifier", "defense")}
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -102,20 +109,25 @@ def test_our_stages_a_run_and_a_state_dict(judged: Callable[..., str], command: 
         ["defense=autoencoder", "attack@defense.trained_on.attack=pgd", "++defense.noise=0", "~defense.activation"],
         ["+sweep=defenses_mnist", "defense=rbf", "threat.access=transfer", "+classifier@surrogate=cnn3"],
         ["+experiment=cifar_pgd_counter_gan", "dataset=digits", "seed=3", "+debug=quick", "attack.steps=3"],
+        ["callbacks=default", "+trainer.gradient_clip_val=0.5", "trainer.enable_progress_bar=true", "trainer=debug"],
+        ["defense=none", f"+callbacks.mine={{_target_:{WEIGHTS_AVERAGED},swa_lrs:1e-2}}", "++trainer.max_steps=9"],
     ],
-    ids=["chain", "plus", "sweep", "experiment"],
+    ids=["chain", "plus", "sweep", "experiment", "trainer", "callback"],
 )
-def test_of_a_run_the_very_model_is_judged(command: Command, words: list[str]) -> None:
+def test_of_a_run_the_very_model_is_judged(command: Command, words: list[str], tmp_path: Path) -> None:
     outcome = command(*QUIET, *words, "dataset.root=x", "+plan=true", "paths.artifacts=elsewhere")
     (run,) = outcome.folder.glob("outputs/*/*")
     subject = target.subject_of(str(run), None)
-    found, _ = audit.composed([*subject, *audit.FIXED])
+    found, _ = audit.composed([*audit.FIXED, *subject])
     whole = OmegaConf.create({**OmegaConf.load(run / ".hydra" / "config.yaml"), "logger": None})
     wanted = cast(dict[str, Any], OmegaConf.to_container(whole, resolve=True))
     for name in ("classifier", "defense", "dataset", "seed", "eot_draws"):
         assert getattr(found, name) == wanted[name], name
     assert (found.limit.epochs, found.paths.artifacts) == (wanted["limit"]["epochs"], "elsewhere")
     assert found.surrogate is None
+    if not words[0].startswith("+"):  # those are of images that are not at hand
+        run_job = config.parse(OmegaConf.load(run / ".hydra" / "config.yaml"))
+        assert stage_keys(found, tmp_path) == stage_keys(run_job, tmp_path)
     assert not [item for item in subject if "attack.steps" in item or "threat" in item]
 
 
