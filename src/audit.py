@@ -93,7 +93,7 @@ def audit(options: argparse.Namespace) -> str:
     defended = first.subject.defended
     attack = options.attack or _attack(defended.gradient, defended.stochastic)
     access = "[white_box]" if first.images.bare else "[gray_box,white_box]"
-    out = options.out or Path("outputs") / f"audit-{datetime.now():%Y-%m-%d-%H-%M-%S}"
+    out = options.out or Path("outputs") / f"audit-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}"
 
     records = []
     for threat in options.threat or RADII:

@@ -131,10 +131,15 @@ def test_of_a_run_the_very_model_is_judged(command: Command, words: list[str], t
     assert not [item for item in subject if "attack.steps" in item or "threat" in item]
 
 
-def test_radii_of_an_experiment_are_not_those_of_another_norm(judged: Callable[..., str], command: Command) -> None:
+def test_radii_of_an_experiment_are_not_those_of_another_norm(
+    command: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = ("+experiment=digits_pgd_vae", "+debug=quick", "defense=none", "threat=l2", "attack=noise")
     (run,) = ok(command(*QUIET, *words, "+plan=true")).runs()
-    text = judged(str(run), "--images", "20", "--attack", "noise", "checks=cheap")
+    assert audit.main([str(run), "--images", "20", "--attack", "noise", "checks=cheap"]) == 0
+    text = capfd.readouterr().out
+    (out,) = tmp_path.glob("outputs/audit-*")
+    assert re.fullmatch(r"audit(-\d+){6}-\d{6}", out.name)  # to the microsecond: two started together have one each
     data = Digits()
     data.prepare()
     own = data.spec.eps
