@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _ADDED = ("+experiment=", "+debug=")  # groups without a default: they cannot be chosen without the plus
 # Overrides of these say what is measured, not where or how it is run. `checks` and `eval_batch_size` are absent: they
-# change no more of a cell than how closely it is looked at, and its draws.
+# change no more of a cell than how closely it is looked at, and its draws. Of trainer and callbacks: records.teaches.
 MEASURED = (
     *_ADDED,
     "classifier@",
@@ -171,7 +171,8 @@ def names_of(choices: Mapping[str, Any], task: Iterable[str]) -> dict[str, str]:
     variant = [
         item
         for item in sorted(overrides)
-        if item.lstrip("~").startswith(MEASURED) and item.split("=")[0].rsplit(".", 1)[-1] not in PLACES
+        if records.teaches(item)
+        or (item.lstrip("~").startswith(MEASURED) and item.split("=")[0].rsplit(".", 1)[-1] not in PLACES)
     ]
     return names | {"variant": ",".join(variant)}
 

@@ -19,7 +19,7 @@ from src.keys import content_key
 
 FLAG = "+retry=failed"
 MARK = "done.json"
-_ELSEWHERE = ("retry", "plan", "logger", "callbacks")  # settings that change no figure
+_ELSEWHERE = ("retry", "plan", "logger")  # settings that change no figure
 
 
 def settings(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
@@ -63,5 +63,5 @@ def with_folder(arguments: Sequence[str], sweeps: Path = Path("multirun")) -> li
 
 
 def _measured(arguments: Iterable[str]) -> set[str]:
-    others = (FLAG, "hydra", "-", "logger", "callbacks")
+    others = (FLAG, "hydra", "-", "logger")
     return {argument for argument in arguments if not argument.lstrip("+").startswith(others) and argument != FLAG}

@@ -30,8 +30,9 @@ def composed(overrides: list[str]) -> dict[str, Any]:
         ["trainer=ddp_cpu", "search_precision=bf16-mixed", "defense=chain", "eot_draws=2", "checks=full"],
         ["+experiment=cifar_pgd_vae", "classifier.checkpoint='x=1.pt'"],
         ["defense=autoencoder", "defense.trained_on.eps=inf", "defense.trained_on.norm=l2"],
+        ["+trainer.gradient_clip_val=0.5", "+callbacks.mine={_target_:torch.nn.Linear,in_features:1,out_features:2}"],
     ],
-    ids=["defaults", "paths", "nested", "norm", "transfer", "trainer", "experiment", "infinite"],
+    ids=["defaults", "paths", "nested", "norm", "transfer", "trainer", "experiment", "infinite", "taught"],
 )
 def test_the_command_gives_the_config_back(overrides: list[str]) -> None:
     wanted = composed(overrides)

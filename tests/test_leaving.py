@@ -18,6 +18,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
 from pytorch_lightning import Callback
 
 from src import curves, fit, job, records, report, retry
@@ -292,6 +293,20 @@ def test_retry_without_a_sweep_to_retry_is_one_line(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="no earlier sweep"):
         retry.with_folder(["-m", "attack=pgd", "+retry=failed"])
     assert retry.with_folder(["-m", "attack=pgd"]) == ["-m", "attack=pgd"]
+
+
+def test_a_sweep_with_other_callbacks_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained with them is another model."""
+    monkeypatch.chdir(tmp_path)
+    sweep = Path("multirun/day/time")
+    sweep.mkdir(parents=True)
+    asked = ["attack=pgd", "+callbacks.mine.rate=1"]
+    OmegaConf.save({"hydra": {"overrides": {"task": asked}}}, sweep / "multirun.yaml")
+    assert retry.with_folder([*asked, retry.FLAG, "logger=none"])[-1] == f"hydra.sweep.dir={sweep}"
+    with pytest.raises(UserError, match="no earlier sweep"):
+        retry.with_folder(["attack=pgd", "+callbacks.mine.rate=2", retry.FLAG])
+    one, two = (retry.settings(OmegaConf.create({"callbacks": {"mine": {"rate": rate}}}), {}) for rate in (1, 2))
+    assert one != two
 
 
 def _hold(path: Path, word: Path) -> None:

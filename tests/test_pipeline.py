@@ -283,6 +283,8 @@ def test_wandb_offline_run_holds_table_and_pictures(command: Command) -> None:
         (["~attack@attack.members.square=null"], "~attack@attack.members.square"),  # the same, of a sweep
         (["+classifier@surrogate=lenet"], "classifier@surrogate=lenet"),
         (["++attack.steps=3", "+experiment=x", "+debug=quick"], "+debug=quick,+experiment=x,attack.steps=3"),
+        (["trainer=gpu", "trainer.devices=2", "callbacks=none", "callbacks.progress.refresh_rate=1"], ""),
+        (["+trainer.max_steps=1", "++callbacks.mine.x=1"], "callbacks.mine.x=1,trainer.max_steps=1"),
         (["dataset.root=a", "classifier.checkpoint=b", "dataset.classes=3"], "dataset.classes=3"),
     ],
 )

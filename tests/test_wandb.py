@@ -128,6 +128,11 @@ def test_the_id_of_a_run_knows_what_is_measured_and_nothing_else() -> None:
     first = relog.run_id(names, {"seed": 0, "logger": {"mode": "offline"}, "paths": {"data": "x"}})
     assert first == relog.run_id(names, {"seed": 0, "logger": {"mode": "online"}, "trainer": {}})
     assert first != relog.run_id(names, {"seed": 1})
+    placed = {"accelerator": "gpu", "devices": 2, "enable_progress_bar": False}
+    assert first == relog.run_id(names, {"seed": 0, "trainer": placed})
+    taught = [{"trainer": {**placed, "gradient_clip_val": clip}} for clip in (0.1, 1)]
+    taught += [{"callbacks": {"mine": {"_target_": "a.B", "rate": rate}}} for rate in (0.1, 1)]
+    assert len({first, *(relog.run_id(names, {"seed": 0, **node}) for node in taught)}) == 5
     radii = {eps: job_of(f"threat.eps={eps}").model_dump(mode="json") for eps in ("inf", "null", "[0.1,inf]")}
     assert [config_["threat"]["eps"] for config_ in radii.values()] == ["Infinity", None, [0.1, "Infinity"]]
     assert len({relog.run_id(names, config_) for config_ in radii.values()}) == 3

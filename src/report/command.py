@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from src.records import Record
+from src.records import Record, beside
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 _GROUPS = ("dataset", "classifier", "defense", "attack")
@@ -57,6 +57,7 @@ def _changes(record: Record) -> Iterator[str]:
         if chosen is not None:  # a choice that is no longer in conf/ has its name only
             yield from _difference(group, chosen[group], config.get(group, {}))
     yield from _nearest("trainer", "trainer=", config.get("trainer"), context)
+    yield from _difference("callbacks", {}, beside(config).get("callbacks", {}))
     if config.get("surrogate"):
         yield from _nearest("classifier", "+classifier@surrogate=", config["surrogate"], context, "surrogate")
 

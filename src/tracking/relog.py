@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from src.checks.flags import unreliable, why_unreliable
 from src.keys import content_key
-from src.records import Record
+from src.records import Record, beside
 from src.tracking import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
-# Where and how a job runs, not what it is.
+# Where and how a job runs, not what it is; of trainer and callbacks, what changes a training counts all the same.
 _BESIDE = ("logger", "callbacks", "trainer", "paths", "plan", "analysis")
 _NETWORKS = ("classifier", "surrogate")
 _NAMES = ("dataset", "classifier", "defense", "attack", "variant")
@@ -29,7 +29,7 @@ def run_id(names: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """Of the job with these names and this config."""
     return content_key(
         names={name: names.get(name, "") for name in _NAMES},
-        config={name: value for name, value in config.items() if name not in _BESIDE},
+        config={name: value for name, value in config.items() if name not in _BESIDE} | beside(config),
     )
 
 
