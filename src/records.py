@@ -261,5 +261,12 @@ def beside(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(record: Record) -> list[str]:
-    """The overrides of its variant; a comma in brackets parts none."""
-    return re.findall(r"(?:\[[^]]*]|[^,])+", record.variant)
+    """The overrides of its variant; a comma in brackets, braces or quotes parts none."""
+    found, depth = [""], 0
+    for token in re.findall(r"""\\.|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", record.variant, re.DOTALL):
+        depth += (token in "([{") - (token in ")]}")
+        if token == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += token
+    return [item for item in found if item]

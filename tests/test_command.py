@@ -65,6 +65,29 @@ def test_what_is_as_usual_is_not_said() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("defense.temperatures=[10,40],classifier@surrogate=lenet", "+classifier@surrogate=lenet"),
+        ("surrogate.fit.epochs=2,trainer.max_steps=3,classifier@surrogate=lenet", "++trainer.max_steps=3"),
+        ("attack@defense.trained_on.validation=pgd,attack.steps=3", "attack.steps=3"),
+        ("+debug=quick,defense.parts={a:{x:1,y:[1,2]},b:'it\\'s, {so'}", "+debug=quick"),
+        ("~defense.detectors,callbacks.mine={_target_:a.B,x:1}", "++callbacks.mine={_target_:a.B,x:1}"),
+    ],
+)
+def test_of_a_failed_cell_the_command_composes(variant: str, said: str) -> None:
+    """It has no config; its variant has the overrides without a plus, a comma between two."""
+    record = Record(
+        key="k", dataset="digits", classifier="cnn3", defense="magnet", attack="pgd", norm="linf", eps=0.1,
+        access="transfer", seed=2, variant=variant, status="failed",
+    )  # fmt: skip
+    words = shlex.split(command(record))[3:]
+    assert said in words
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        compose("train", overrides=words)
+    assert ",".join(word.lstrip("+") for word in words[7:-1]) == variant.lstrip("+")
+
+
 def test_a_record_without_config_and_a_choice_that_is_gone() -> None:
     record = Record(
         key="k", dataset="digits", classifier="cnn3", defense="mine", attack="pgd", norm="linf", eps=None, access="",

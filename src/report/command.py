@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from src.records import Record, beside
+from src import records as store
+from src.records import Record
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 _GROUPS = ("dataset", "classifier", "defense", "attack")
@@ -30,12 +31,19 @@ def command(record: Record) -> str:
     radius = [] if record.eps is None else [f"threat.eps={_value(record.eps)}"]
     asked = [*radius, *([f"threat.access={record.access}"] if record.access else [])]
     if not record.config:
-        changes = [item for item in record.variant.split(",") if item]
+        changes = [_typed(item, *choices) for item in store.changes(record)]
         changes += [f"seed={record.seed}", *(["threat.targeted=true"] if record.targeted else [])]
     else:
         changes = list(_changes(record))
     words = [*choices, f"threat={record.norm}", *asked, *changes]
     return " ".join(["python -m src.train", *(shlex.quote(word) for word in words)])
+
+
+def _typed(item: str, *choices: str) -> str:
+    """With the plus that it needs beside these choices: the name of a cell has none."""
+    added = f"{'+' if '@' in item.partition('=')[0] else '++'}{item}"
+    needed = _composed(*choices, item) is None and _composed(*choices, added) is not None
+    return added if needed else item
 
 
 def _changes(record: Record) -> Iterator[str]:
@@ -57,7 +65,7 @@ def _changes(record: Record) -> Iterator[str]:
         if chosen is not None:  # a choice that is no longer in conf/ has its name only
             yield from _difference(group, chosen[group], config.get(group, {}))
     yield from _nearest("trainer", "trainer=", config.get("trainer"), context)
-    yield from _difference("callbacks", {}, beside(config).get("callbacks", {}))
+    yield from _difference("callbacks", {}, store.beside(config).get("callbacks", {}))
     if config.get("surrogate"):
         yield from _nearest("classifier", "+classifier@surrogate=", config["surrogate"], context, "surrogate")
 
@@ -103,7 +111,7 @@ def _value(value: Any) -> str:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return _composed(None, None) or {}
+    return _composed() or {}
 
 
 @cache
@@ -111,7 +119,7 @@ def _base(group: str, name: str, context: str) -> dict[str, Any] | None:
     """The config with this choice, its references to seed, limit and paths resolved as the record has them."""
     from omegaconf import OmegaConf
 
-    raw = _composed(group, name)
+    raw = _composed(f"{group}={name}")
     if raw is None:
         return None
     given = json.loads(context)
@@ -121,7 +129,7 @@ def _base(group: str, name: str, context: str) -> dict[str, Any] | None:
 
 
 @cache
-def _composed(group: str | None, name: str | None) -> dict[str, Any] | None:
+def _composed(*overrides: str) -> dict[str, Any] | None:
     """Unresolved; without what says only where a run is told of."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -129,7 +137,7 @@ def _composed(group: str | None, name: str | None) -> dict[str, Any] | None:
 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            found: Any = OmegaConf.to_container(compose("train", overrides=[f"{group}={name}"] if group else []))
+            found: Any = OmegaConf.to_container(compose("train", overrides=list(overrides)))
     except HydraException:
         return None
     return {key: value for key, value in found.items() if key not in ("logger", "callbacks")}
