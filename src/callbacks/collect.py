@@ -75,7 +75,8 @@ class Collect(Callback):
         everyone: list[Any] = [mine]
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size
-            torch.distributed.all_gather_object(everyone, mine)
+            # To the one that writes alone: of large images all processes together could not hold copies.
+            torch.distributed.gather_object(mine, everyone if trainer.is_global_zero else None, dst=0)
         if not trainer.is_global_zero:
             return
         result = _in_order([part for parts, _ in everyone for part in parts])
