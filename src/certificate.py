@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from src import records
+from src import fit, records
 from src.config import Job
 from src.data.augment import to_float
 from src.data.base import ImageDataModule
@@ -36,12 +36,17 @@ def certified(
     @torch.no_grad()
     def make(folder: Path) -> None:
         torch.manual_seed(job.seed)
-        radii, left = [], count
-        for batch in data.test_dataloader():
-            radii.append(certify(to_float(batch["image"][:left]), batch["label"][:left]).cpu())
-            left -= len(radii[-1])
-            if not left:
-                break
+        radii, left, device = [], count, fit.device(job.trainer)
+        defended.to(device)
+        try:
+            for batch in data.test_dataloader():
+                images, labels = batch["image"][:left].to(device), batch["label"][:left].to(device)
+                radii.append(certify(to_float(images), labels).cpu())
+                left -= len(images)
+                if not left:
+                    break
+        finally:
+            defended.cpu()
         records.save_tensors(torch.cat(radii), folder / "radius.pt")
 
     key = content_key(**parts)

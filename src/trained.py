@@ -195,7 +195,13 @@ class Workshop:
         def scored(folder: Path) -> None:
             self.data.configure(batch_size=self.job.eval_batch_size, augment=False)
             torch.manual_seed(self.job.seed)
-            scores = [defended.scores(to_float(batch["image"])) for batch in self.data.val_dataloader()]
+            device = fit.device(self.job.trainer)
+            defended.to(device)
+            try:
+                batches = (batch["image"].to(device) for batch in self.data.val_dataloader())
+                scores = [defended.scores(to_float(images)).cpu() for images in batches]
+            finally:
+                defended.cpu()
             if not scores:
                 raise UserError(
                     "dataset.validation=0: a detector's threshold is set on clean validation images; give it a share"

@@ -8,8 +8,53 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from src import fit
 from src.callbacks.collect import Collect
+from src.certificate import certified
+from src.defenses.guarded import DefendedModel, Detection
+from src.stages import Stages
+from src.trained import Workshop
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that is not the CPU, and that every machine has."""
+    device = torch.device("meta")
+    monkeypatch.setattr(fit, "device", lambda trainer: device)
+    return device
+
+
+def test_certificates_and_thresholds_are_computed_on_the_device_of_the_trainer(
+    gpu: torch.device, tmp_path: Path
+) -> None:
+    where: list[tuple[str, str]] = []
+
+    def score(images: Tensor, *_: Tensor) -> Tensor:
+        where.append((images.device.type, defended.device.type))
+        return torch.arange(len(images)).float()
+
+    # Without weights: nothing could be brought back from this device.
+    defended = DefendedModel(
+        classifier=nn.Flatten(), detections=[Detection(score=score)], certify=score, certify_images=6
+    )
+    batches = [{"image": torch.zeros(4, 1, 2, 2, dtype=torch.uint8), "label": torch.zeros(4)}] * 2
+    data: Any = SimpleNamespace(
+        test=range(8), train_fingerprint="", configure=lambda **_: None, test_dataloader=lambda: batches,
+        val_dataloader=lambda: batches,
+    )  # fmt: skip
+    job: Any = SimpleNamespace(seed=0, trainer={}, eval_batch_size=4)
+    stages = Stages(tmp_path)
+    found = certified(defended, {}, data, stages, job)[1]
+    assert found["certified_n"] == 6
+    assert found["certified"]["1"] == pytest.approx(4 / 6)  # radii 0, 1, 2, 3 and 0, 1
+    assert defended.device.type == "cpu"
+    workshop: Any = SimpleNamespace(job=job, data=data, stages=stages)
+    Workshop._thresholds(workshop, defended, "defense", "classifier")
+    assert {value.device.type for value in defended.frozen.values()} == {"cpu"}
+    assert defended.device.type == "cpu"
+    assert where == [("meta", "meta")] * 4
 
 
 def test_only_the_process_that_writes_gets_the_images_of_the_others(
