@@ -69,10 +69,6 @@ def labels_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return answer
 
 
-def test_both_attacks_of_the_spine_are_found() -> None:
-    assert {"fgsm", "pgd"} <= set(ATTACKS)
-
-
 @pytest.mark.parametrize(("name", "norm"), CASES)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_invariants(name: str, norm: Norm, targeted: bool, small_network: nn.Module) -> None:
