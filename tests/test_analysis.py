@@ -15,11 +15,18 @@ from torch import Tensor, nn
 
 from src import config, memory, sidecars
 from src.analysis import activations, confusion, cost, detector, fid, representation, side_by_side, training
+from src.analysis.fid import inception
 from src.analysis.scene import Scene, draw
 from src.errors import UserError
 from src.report.command import CONF
 from tests.conftest import Linear, Outcome, choices
 from tests.test_report import cell, failed, is_drawn, sidecar
+
+
+@pytest.fixture(autouse=True)
+def no_inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies in the home folder of who tests."""
+    monkeypatch.setattr(fid, "inception", lambda: None)
 
 
 def test_confusion_is_a_share_of_each_class() -> None:
@@ -56,13 +63,13 @@ def test_frechet_distance_of_shifted_images_is_the_squared_shift() -> None:
 def test_inception_is_taken_where_it_lies_and_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(fid, "find_spec", lambda name: object())
-    assert fid.inception() is None
+    assert inception() is None
     weights = tmp_path / "checkpoints" / fid.INCEPTION
     weights.parent.mkdir()
     weights.write_bytes(b"")
-    assert fid.inception() == weights
+    assert inception() == weights
     monkeypatch.setattr(fid, "find_spec", lambda name: None)
-    assert fid.inception() is None, "no library to read them with"
+    assert inception() is None, "no library to read them with"
 
 
 class Remembered(nn.Module):
