@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: threads of several 
     torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="trainer=ddp_cpu is refused on a single core")
 
 
 def choices(group: str) -> list[str]:
@@ -49,7 +50,8 @@ def command(
     def run(*args: str) -> Outcome:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["src/train.py", *args])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that what the command sets is gone after the test
+        monkeypatch.delenv("HYDRA_FULL_ERROR")
         code = 0
         try:
             train.main()

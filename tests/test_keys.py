@@ -21,6 +21,7 @@ from src.subject import Names
 from src.threat import Access
 from src.tracking import NoTracker
 from src.train import CONF
+from tests.conftest import two_cores
 
 QUIET = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 
@@ -117,7 +118,7 @@ def test_a_module_of_ones_own_is_where_hardening_starts_and_stays_as_it_is(defen
 @pytest.mark.parametrize(
     ("overrides", "same"),
     [
-        (("trainer=ddp_cpu",), True),
+        pytest.param(("trainer=ddp_cpu",), True, marks=two_cores),
         (("trainer=debug", "trainer.enable_progress_bar=true"), True),
         (("callbacks=default",), True),
         (("+trainer.limit_train_batches=2",), False),

@@ -17,7 +17,7 @@ from pytorch_lightning import Callback
 from src import records
 from src.job import names_of
 from src.records import Record
-from tests.conftest import ROOT, Outcome, choices
+from tests.conftest import ROOT, Outcome, choices, two_cores
 
 QUIET = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 SMALL = (*QUIET, "limit.epochs=3", "limit.test_images=100", "attack.steps=5", "eval_batch_size=32")
@@ -98,6 +98,7 @@ def test_a_sweep_trains_each_classifier_once_and_tabulates_failures(command: Com
     assert (sweep / "robustness_curve.png").exists()
 
 
+@two_cores
 def test_two_processes_count_exactly_what_one_does(command: Command, tmp_path: Path) -> None:
     """The same trained stages, attacked and tested on one device and on two: image by image the same verdict."""
     arguments = (*SMALL, "threat.eps=0.15", "limit.test_images=101", "defense=autoencoder", "eot_draws=3")
@@ -122,6 +123,7 @@ def test_two_processes_count_exactly_what_one_does(command: Command, tmp_path: P
             assert len(one["prediction"]) == 101
 
 
+@two_cores
 def test_training_over_two_processes(tmp_path: Path) -> None:
     """Testing as well, where one of them gets no batch."""
     done = subprocess.run(
@@ -136,6 +138,7 @@ def test_training_over_two_processes(tmp_path: Path) -> None:
     assert found[0].clean_accuracy > 0.3  # it learnt: chance is 0.1
 
 
+@two_cores
 @pytest.mark.slow
 def test_trainings_with_steps_of_their_own_over_two_processes(tmp_path: Path) -> None:
     """Each of their backward passes reaches only some of the weights."""

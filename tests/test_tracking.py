@@ -24,6 +24,7 @@ from src.records import Record
 from src.stages import Stages
 from src.subject import Names
 from src.tracking import CSVTracker, NoTracker, Tracker, relog
+from tests.conftest import two_cores
 
 
 def cell(eps: float, **changes: Any) -> Record:
@@ -270,8 +271,8 @@ class BegunError(Exception):
     ("trainer", "defense", "live", "strategy"),
     [
         ("cpu", "distillation", ["defense"], None),
-        ("ddp_cpu", "distillation", [], "ddp_fork_find_unused_parameters_true"),
-        ("ddp_cpu", "squeezed_training", [], None),
+        pytest.param("ddp_cpu", "distillation", [], "ddp_fork_find_unused_parameters_true", marks=two_cores),
+        pytest.param("ddp_cpu", "squeezed_training", [], None, marks=two_cores),
     ],
 )
 def test_a_training_in_processes_is_logged_afterwards(
