@@ -46,11 +46,12 @@ def test_certificates_and_thresholds_are_computed_on_the_device_of_the_trainer(
     )  # fmt: skip
     job: Any = SimpleNamespace(seed=0, trainer={}, eval_batch_size=4)
     stages = Stages(tmp_path)
-    found = certified(defended, {}, data, stages, job)[1]
+    subject: Any = SimpleNamespace(defended=defended, made={})
+    found = certified(subject, {}, data, stages, job)[1]
     assert found["certified_n"] == 6
     assert found["certified"]["1"] == pytest.approx(4 / 6)  # radii 0, 1, 2, 3 and 0, 1
     assert defended.device.type == "cpu"
-    workshop: Any = SimpleNamespace(job=job, data=data, stages=stages)
+    workshop: Any = SimpleNamespace(job=job, data=data, stages=stages, made={})
     Workshop._thresholds(workshop, defended, "defense", "classifier")
     assert {value.device.type for value in defended.frozen.values()} == {"cpu"}
     assert defended.device.type == "cpu"

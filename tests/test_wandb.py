@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
@@ -105,7 +106,8 @@ def test_curves_have_one_name_while_they_are_made_and_afterwards(
         def log_curves(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:
             later[prefix] = rows[0]["loss"]
 
-    def trained(*_: Any, folder: Path, **__: Any) -> None:
+    def trained(module: torch.nn.Module, *_: Any, folder: Path, **__: Any) -> None:
+        torch.save(module.state_dict(), folder / "weights.pt")
         (folder / "metrics.csv").write_text(f"epoch,step,loss\n0,0,{len(live)}\n")
 
     monkeypatch.chdir(tmp_path)
