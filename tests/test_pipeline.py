@@ -244,8 +244,13 @@ def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -
 
 BIG = {"own", "torchvision", "vgg16_bn", "resnet18"}
 PAIRS = [
-    # Each defense with a quick one in the default run, with all of them in the full one.
-    pytest.param(network, defense, marks=[] if network == ("cnn3", "lenet")[row % 2] else [pytest.mark.slow])
+    # Each defense with a quick one in the default run, with all of them in the full one; defense_gan, which takes four
+    # times as long as any other, there only.
+    pytest.param(
+        network,
+        defense,
+        marks=[] if network == ("cnn3", "lenet")[row % 2] and defense != "defense_gan" else [pytest.mark.slow],
+    )
     for row, defense in enumerate(choices("defense"))
     for network in sorted(set(choices("classifier")) - BIG)
 ]
