@@ -30,7 +30,8 @@ from src.attacks.base import Attack
 from src.attacks.foolbox import Foolbox
 from src.attacks.peers import Peer, Seen
 from src.attacks.torchattacks import TorchAttacks
-from src.config import build, parse
+from src.build import build
+from src.config import parse
 from src.errors import UserError
 from src.stages import Stages
 from src.threat import BudgetError, Norm, ThreatModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from src.analysis.scene import Scene, draw
-from src.config import build
+from src.build import build
 from src.data.augment import to_float
 from src.errors import UserError
 from src.keys import seed_of

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from src import fit
 from src.attacks.base import Attack
+from src.build import build
 from src.callbacks.attack_callback import AttackCallback, Replay
-from src.config import Job, build
+from src.config import Job
 from src.data.base import ImageDataModule
 from src.keys import content_key, source_digest
 from src.outcome import Table

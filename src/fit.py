@@ -22,10 +22,10 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import Tensor
 
 from src import curves, nodes, records
+from src.build import build
 from src.callbacks.collect import Collect
 from src.callbacks.float32 import Float32, exact
 from src.classifiers.module import Classifier
-from src.config import build
 from src.data.base import ImageDataModule
 from src.defenses.base import Defense
 from src.errors import UserError

@@ -105,6 +105,7 @@ def _measure(
     # Seconds of imports: only now, when there is work and the config is known to be right.
     from src import pipeline, report
     from src.analyse import look
+    from src.build import build
     from src.checks.across import across
     from src.stages import Stages
     from src.subject import Names
@@ -120,7 +121,7 @@ def _measure(
                  *map(str, job.access)],
         "run_id": job.logger.get("run_id") or relog.run_id(names, settings),
     }  # fmt: skip
-    tracker: NoTracker = NoTracker() if done else config.build(job.logger, "logger", **known)
+    tracker: NoTracker = NoTracker() if done else build(job.logger, "logger", **known)
     bench = None
     with tracker:
         if not done:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from src import fit
-from src.config import Job, build
+from src.build import build
+from src.config import Job
 from src.data.base import ImageDataModule
 from src.errors import UserError
 from src.keys import content_key

@@ -92,7 +92,7 @@ def _misspelled(key: str) -> str | None:
     """Hydra knows that a key is wrong, but not which are right: look them up in the config without that override."""
     from hydra import compose, initialize_config_dir
 
-    from src.config import unknown_key
+    from src.build import unknown_key
 
     parent, _, name = key.rpartition(".")
     others = [a.lstrip() for a in sys.argv[1:] if "=" in a and not a.startswith(("-", key, f"+{key}", "hydra"))]

@@ -11,11 +11,12 @@ from pytorch_lightning import Callback, LightningModule
 from torch import Tensor
 
 from src import fit, records
+from src.build import asked, build
 from src.callbacks.attack_callback import AttackCallback
 from src.classifiers import own
 from src.classifiers.module import Classifier
 from src.classifiers.whitening import patch_covariance
-from src.config import Job, Trained, asked, build, split
+from src.config import Job, Trained, split
 from src.data import augment, loaders
 from src.data.augment import to_float
 from src.data.base import ImageDataModule

@@ -17,6 +17,7 @@ from src import config, memory, sidecars
 from src.analysis import activations, confusion, cost, detector, fid, representation, side_by_side, training
 from src.analysis.fid import inception
 from src.analysis.scene import Scene, draw
+from src.build import build
 from src.errors import UserError
 from src.report.command import CONF
 from tests.conftest import Linear, Outcome, choices
@@ -168,7 +169,7 @@ def scene(**changes: Any) -> Scene:
 def built(name: str) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         job = config.parse(compose("train", overrides=[f"analysis={name}", "logger=none", "callbacks=none"]))
-    return config.build(job.analysis[name], f"analysis.{name}")
+    return build(job.analysis[name], f"analysis.{name}")
 
 
 @pytest.mark.parametrize("name", choices("analysis"))

@@ -14,7 +14,7 @@ from torch import nn
 from src.attacks.base import Attack
 from src.attacks.fgsm import FGSM
 from src.attacks.pgd import PGD
-from src.config import build
+from src.build import build
 from src.errors import UserError
 from src.threat import Norm, ThreatModel
 from src.train import CONF

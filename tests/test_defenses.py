@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from src.config import build, split
+from src.build import build
+from src.config import split
 from src.defenses.base import Defense, Purifier
 from src.defenses.guarded import DefendedModel
 from src.defenses.purify.autoencoder import Autoencoder

@@ -17,7 +17,7 @@ from src.attacks.noise import Noise
 from src.attacks.pgd import PGD
 from src.attacks.square import Square
 from src.attacks.worst_case import WorstCase
-from src.config import build
+from src.build import build
 from src.errors import UserError
 from src.threat import Norm, ThreatModel
 from src.train import CONF

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from src import records
 from src.attacks.fgsm import FGSM
 from src.attacks.pgd import PGD
+from src.build import build
 from src.callbacks.attack_callback import AttackCallback
 from src.classifiers.module import Classifier
-from src.config import build, parse
+from src.config import parse
 from src.data.augment import to_float
 from src.data.base import ImageDataModule
 from src.defenses.harden.adversarial_training import AdversarialTraining, mart, moved, trades

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from src import pipeline
 from src.audit import composed
-from src.config import locate
+from src.build import locate
 from src.measure import Bench
 from src.stages import Stages
 from src.subject import Names

@@ -18,7 +18,7 @@ from src.attacks.art import ART
 from src.attacks.foolbox import Foolbox
 from src.attacks.peers import Peer, settle
 from src.attacks.torchattacks import TorchAttacks, documented_norms
-from src.config import build, check
+from src.build import build, check
 from src.errors import UserError
 from src.threat import BudgetError, Norm, ThreatModel
 from src.train import CONF
