@@ -220,7 +220,7 @@ def random_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shape in (("mnist", (28, 28)), ("cifar", (32, 32, 3))):
         arrays = {
             part: random.integers(0, 256, (count, *shape), dtype=np.uint8)
-            for part, count in (("x_train", 80), ("x_test", 16))
+            for part, count in (("x_train", 40), ("x_test", 10))
         }
         labels = {part.replace("x", "y"): np.arange(len(images)) % 10 for part, images in arrays.items()}
         np.savez(folder / f"{name}.npz", **arrays, **labels)
