@@ -102,9 +102,9 @@ def _weights(path: Path, config: Path | None) -> list[str]:
     seed = [f"seed={about['seed']}"] if "seed" in about else []  # it decides the validation images
     chosen = [*_choice(kind, about["node"]), f"{kind}.{checkpoint}", *seed]
     key = about.get("classifier") or (about.get("trained_on") or {}).get("classifier")
-    beside = path.parent.parent.parent / "classifier" / str(key) / "weights.pt"
-    if key and beside.is_file():
-        return [*_weights(beside, None), *chosen]
+    found_at = path.parent.parent.parent / "classifier" / str(key) / "weights.pt"
+    if key and found_at.is_file():
+        return [*_weights(found_at, None), *chosen]
     return [*(_choice("classifier", about["fresh"]) if "fresh" in about else []), *chosen]
 
 

@@ -117,9 +117,7 @@ class Workshop:
             about["classifier"] = classifier_key
         if "fresh" in wanted:
             about["fresh"] = split(self.job.classifier, "classifier")[0]
-            if getattr(
-                classifier.network, "is_trained", False
-            ):  # training begins with weights that are not in the node
+            if getattr(classifier.network, "is_trained", False):  # it begins with weights that are not in the node
                 torch.manual_seed(self.job.seed)
                 about["start"] = own.digest(facts["fresh"]())
         torch.manual_seed(self.job.seed)

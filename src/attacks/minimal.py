@@ -57,7 +57,7 @@ def slopes(model: Query, outputs: Tensor, x: Tensor, *, again: bool = False) -> 
     each = torch.eye(count, dtype=outputs.dtype, device=outputs.device)[:, None].expand(-1, len(outputs), -1)
     try:
         (result,) = torch.autograd.grad(outputs, x, each, retain_graph=True, is_grads_batched=True)
-    except (RuntimeError, NotImplementedError):  # a layer that cannot be batched, such as a hand-written backward
+    except RuntimeError:  # a layer that cannot be batched, such as a hand-written backward
         model.add_backward(-len(x))  # the attempt was counted
         rows = [torch.autograd.grad(outputs, x, row, retain_graph=True)[0] for row in each]
         return torch.stack(rows).nan_to_num()
