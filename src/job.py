@@ -169,9 +169,10 @@ def names_of(choices: Mapping[str, Any], task: Iterable[str]) -> dict[str, str]:
         item.split("=")[0] if item.startswith("~") else item if item.startswith(_ADDED) else item.lstrip("+")
         for item in task
     ]
+    last = {item.split("=")[0]: item for item in overrides}  # of a key given twice
     variant = [
         item
-        for item in sorted(overrides)
+        for item in sorted(last.values())
         if records.teaches(item)
         or (item.lstrip("~").startswith(MEASURED) and item.split("=")[0].rsplit(".", 1)[-1] not in PLACES)
     ]
