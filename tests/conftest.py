@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -42,10 +43,20 @@ class Outcome:
 
 @pytest.fixture
 def command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> Callable[..., Outcome]:
-    """``python -m src.train ARGS`` in this process, in a folder of its own; fast, since imports are paid once."""
+    """``python -m src.train ARGS`` in this process, in a folder of its own; fast, since imports are paid once.
+
+    Its figures are laid out and written, but each as a single pixel: rendering takes longer than most of these runs.
+    With ``@pytest.mark.pictures`` they are rendered.
+    """
     from src import train
+
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", _pixel)
 
     def run(*args: str) -> Outcome:
         monkeypatch.chdir(tmp_path)
@@ -61,6 +72,12 @@ def command(
         return Outcome(code, out, err, tmp_path)
 
     return run
+
+
+def _pixel(figure: object, file: BinaryIO, *, format: str, **options: object) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (1, 1)).save(file, format=format)
 
 
 class Linear(torch.nn.Module):
