@@ -42,6 +42,11 @@ def read(path: Path | None, names: Iterable[str]) -> dict[str, Any] | None:
         return None
 
 
+def withstood(right: Any, same: Any, rejected: Any) -> Any:
+    """Which images a model that rejects withstood: rejection does no harm, unless of the clean image already."""
+    return right & (same | rejected)
+
+
 def verdicts(record: Record, path: Path | None) -> Verdicts | None:
     """The verdicts of a record; None where they are absent or do not count to what the record says."""
     found = read(path, ("label", "prediction", "clean_prediction", "class_names"))
@@ -49,7 +54,7 @@ def verdicts(record: Record, path: Path | None) -> Verdicts | None:
         return None
     label, said, names = found["label"], found["prediction"], found["class_names"]
     right, held = found["clean_prediction"] == label, said == label
-    if len(names) and str(names[-1]) == "rejected":  # a rejected image has held, unless its clean version was rejected
-        held = right & (held | (said == len(names) - 1))
+    if len(names) and str(names[-1]) == "rejected":
+        held = withstood(right, held, said == len(names) - 1)
     sound = len(label) == record.n and int(held.sum()) == record.correct_attacked
     return Verdicts(right, held) if sound else None

@@ -14,7 +14,19 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from src import config, memory, sidecars
-from src.analysis import activations, confusion, cost, detector, fid, representation, side_by_side, training
+from src.analysis import (
+    activations,
+    attack_loss,
+    confusion,
+    cost,
+    curves,
+    detector,
+    fid,
+    over_eps,
+    representation,
+    side_by_side,
+    training,
+)
 from src.analysis.fid import inception
 from src.analysis.scene import Scene, draw
 from src.build import build
@@ -138,7 +150,12 @@ class Detecting(Linear):
         return 2 * images.flatten(1).mean(dim=1)
 
     def logits(self, images: Tensor) -> Tensor:
-        return self(images)
+        return super().forward(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.logits(images)
+        refusal = logits.amax(dim=1) + self.suspicion(images) - 1
+        return torch.cat([logits, refusal[:, None]], dim=1)
 
     def purified(self, images: Tensor) -> Tensor:
         return images / 2
@@ -147,9 +164,8 @@ class Detecting(Linear):
 def scene(**changes: Any) -> Scene:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(40, 1, 8, 8, generator=generator)
-    model = Detecting(side=8, classes=3)
-    model.head = nn.Linear(64, 3)
-    labels = model(images).argmax(dim=1)
+    bare, model = Linear(side=8, classes=3), Detecting(side=8, classes=3)
+    labels = model.logits(images).argmax(dim=1)
 
     def attack(access: str, x: Tensor, y: Tensor, eps: float, **_: Any) -> Made:
         made = (x + min(eps, 0.5) * torch.randn(x.shape, generator=generator).sign()).clamp(0, 1)
@@ -159,7 +175,7 @@ def scene(**changes: Any) -> Scene:
 
     values: dict[str, Any] = {
         "dataset": "digits", "classifier_name": "linear",
-        "classifier": model, "defended": model, "images": images, "labels": labels, "classes": ("a", "b", "c"),
+        "classifier": bare, "defended": model, "images": images, "labels": labels, "classes": ("a", "b", "c"),
         "radii": (0.1, 0.3, float("inf")), "accesses": ("gray_box", "white_box"), "attack": attack,
         "threat": "noise (untargeted), linf", "minimal": True, "steps": 3,
     }  # fmt: skip
@@ -206,6 +222,42 @@ def test_what_cannot_be_looked_at_says_what_can(
 ) -> None:
     with pytest.raises(UserError, match=f"^analysis={name}: .*{instead}"):
         draw([(name, built(name))], scene(**changes), tmp_path)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that were drawn, none of them rendered."""
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self))
+    return figures
+
+
+def whitened() -> Callable[..., Made]:
+    """An attack that is seen through: every image becomes white, which :class:`Detecting` rejects."""
+
+    def attack(access: str, x: Tensor, y: Tensor, eps: float, **_: Any) -> Made:
+        return Made(torch.ones_like(x), torch.ones(len(x)).bool(), torch.zeros(len(x)).bool(), torch.ones(len(x)))
+
+    return attack
+
+
+def test_a_rejected_image_has_held_in_every_figure(drawn: list[Any], tmp_path: Path) -> None:
+    seen = scene(attack=whitened())
+    accepted = 100 * float((seen.defended.suspicion(seen.images) <= 1).double().mean())  # the others are lost
+    assert 0 < accepted < 100
+    looks = [attack_loss.AttackLoss(images=40), confusion.Confusion(images=40), over_eps.OverEps(images=1)]
+    draw([(type(each).__name__, each) for each in looks], seen, tmp_path)
+    loss, matrices, pictures = drawn
+    assert [float(y) for y in loss.axes[1].lines[0].get_ydata()] == pytest.approx([accepted] * 4)
+    assert f"defended, attacked (white_box): {accepted:.1f} % held" in [axis.get_title() for axis in matrices.axes]
+    attacked = pictures.axes[-1].title
+    assert "rejected" in attacked.get_text()
+    assert attacked.get_color() == curves.REJECTED
+
+
+def test_of_the_loss_a_rejection_counts_as_the_right_answer() -> None:
+    logits = torch.tensor([[1.0, 5.0, 9.0], [1.0, 5.0, 0.0]])
+    assert attack_loss._accepted(logits, torch.tensor([0, 0])).tolist() == [[9.0, 5.0], [1.0, 5.0]]
 
 
 def test_the_largest_finite_radius_is_looked_at() -> None:
@@ -275,6 +327,16 @@ def test_attacks_stand_side_by_side_on_the_same_images(tmp_path: Path) -> None:
     assert path is not None
     assert is_drawn(path)
     assert side_by_side.side_by_side(group, {}, tmp_path / "b.png") is None
+
+
+def test_of_attacks_side_by_side_the_rejected_are_neither_right_nor_wrong(drawn: list[Any], tmp_path: Path) -> None:
+    cells = [cell(attack="fgsm"), cell(attack="pgd")]
+    for record in cells:
+        sidecar(record, tmp_path, rejected=record.attack == "pgd")
+    side_by_side.side_by_side(cells, sidecars.find([tmp_path]), tmp_path / "a.png")
+    titles = [axis.title for axis in drawn[0].axes[4:]]
+    assert [title.get_text() for title in titles] == ["0.1"] * 4 + ["0.1\nrejected"] * 4
+    assert [title.get_color() for title in titles] == [curves.BLUE] * 4 + [curves.REJECTED] * 4
 
 
 def test_sizes_of_a_change_by_hand() -> None:

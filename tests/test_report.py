@@ -54,7 +54,7 @@ def pair(eps: float = 0.1, **changes: Any) -> list[Record]:
     return [cell(eps, "gray_box", 60, **changes), cell(eps, "white_box", 35, **changes)]
 
 
-def sidecar(record: Record, folder: Path, *, purifies: bool = True, channels: int = 1) -> None:
+def sidecar(record: Record, folder: Path, *, purifies: bool = True, channels: int = 1, rejected: bool = False) -> None:
     rng = np.random.default_rng(0)
     clean = rng.random((4, channels, 8, 8), dtype=np.float32)
     adversarial = (clean + 0.1 * rng.choice([-1, 1], clean.shape)).clip(0, 1).astype("float32")
@@ -63,8 +63,9 @@ def sidecar(record: Record, folder: Path, *, purifies: bool = True, channels: in
         folder / f"{record.key}.npz",
         {
             "clean": clean, "adversarial": adversarial, "purified": clean if purifies else adversarial,
-            "picture_label": labels, "picture_clean_prediction": labels, "picture_prediction": labels,
-            "picture_bare_prediction": labels + 1, "class_names": np.array(list("abcde")),
+            "picture_label": labels, "picture_clean_prediction": labels,
+            "picture_prediction": np.full(4, 5) if rejected else labels, "picture_bare_prediction": labels + 1,
+            "class_names": np.array([*"abcde", *(["rejected"] if rejected else [])]),
         },
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
+from torch import Tensor
 
 from src.analysis.curves import BLUE, GREEN, PURPLE, VERMILLION, paper_style
 from src.analysis.scene import Analysis, Scene, finish
@@ -17,6 +18,9 @@ _COLORS = {"gray_box": BLUE, "white_box": VERMILLION, "black_box": GREEN, "trans
 
 class AttackLoss(Analysis):
     """Mean cross-entropy and accuracy of the defended model on the attack's result after 1, 2, 4, … steps.
+
+    Accuracy is that of the records: an image that is rejected has held unless its clean version was rejected. Of the
+    loss a rejection counts as the right answer, as attackers take it.
 
     A loss that still rises at the end, or an accuracy that still falls, says that more steps would do more harm. The
     last point is twice the steps that were asked for.
@@ -36,6 +40,7 @@ class AttackLoss(Analysis):
         powers = (2**k for k in range(12) if 2**k <= scene.steps / 1.5)  # labels of two near each other would touch
         budgets = sorted({1, scene.steps, 2 * scene.steps, *powers})
         images, labels = scene.take(self.images)
+        before = scene.answers(scene.defended, images)[0]
         with paper_style():
             figure = Figure(figsize=(7.0, 3.1), dpi=200, layout="constrained")
             left, right = figure.subplots(1, 2)
@@ -45,8 +50,10 @@ class AttackLoss(Analysis):
                     made = scene.attack(access, images, labels, scene.eps, steps=steps, exhaust=True).images
                     with torch.no_grad():
                         logits = scene.defended(made).float()
-                    losses.append(float(F.cross_entropy(logits, labels)))
-                    accuracies.append(100 * float((logits.argmax(1) == labels).double().mean()))
+                    shown = _accepted(logits, labels) if getattr(scene.defended, "rejects", False) else logits
+                    losses.append(float(F.cross_entropy(shown, labels)))
+                    held = scene.held(before, logits.argmax(1).cpu())
+                    accuracies.append(100 * float(held.double().mean()))
                 look = {"color": _COLORS.get(access, "black"), "marker": "o", "markersize": 3.5, "label": access}
                 left.plot(budgets, losses, **look)
                 right.plot(budgets, accuracies, **look)
@@ -61,4 +68,12 @@ class AttackLoss(Analysis):
             right.set_ylim(-3, 103)
             left.legend(frameon=False)
             text = f"Of the defended model; what is turned is attacked on. Dotted: the {scene.steps} steps of this job."
-            return finish(figure, f"{scene.caption(len(labels), access=', '.join(scene.accesses))} {text}", path)
+            return finish(
+                figure, f"{scene.caption(len(labels), access=', '.join(scene.accesses))} {text}{scene.rule}", path
+            )
+
+
+def _accepted(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits of the classes without that of rejection, which stands in place of the right one where it is likelier."""
+    right = labels[:, None]
+    return logits[:, :-1].scatter(1, right, torch.maximum(logits.gather(1, right), logits[:, -1:]))

@@ -31,26 +31,30 @@ class Confusion(Analysis):
         bare_access = "gray_box" if "gray_box" in scene.accesses else access
         attacked = scene.attacked(access, self.images).images
         on_bare = scene.attacked(bare_access, self.images).images
+        truth = labels.cpu()
+        bare, defended = scene.answers(scene.classifier, clean)[0], scene.answers(scene.defended, clean)[0]
+        bare_after, after = scene.answers(scene.classifier, on_bare)[0], scene.answers(scene.defended, attacked)[0]
+        held = scene.held(defended, after)
         parts = [
-            ("bare classifier, clean", scene.answers(scene.classifier, clean)[0]),
-            (f"bare, attacked ({bare_access})", scene.answers(scene.classifier, on_bare)[0]),
-            ("defended model, clean", scene.answers(scene.defended, clean)[0]),
-            (f"defended, attacked ({access})", scene.answers(scene.defended, attacked)[0]),
+            ("bare classifier, clean", bare, bare == truth, "right"),
+            (f"bare, attacked ({bare_access})", bare_after, bare_after == truth, "right"),
+            ("defended model, clean", defended, defended == truth, "right"),
+            (f"defended, attacked ({access})", after, held, "held"),
         ]
-        count = max(len(scene.classes), *(int(said.max()) + 1 for _, said in parts))
+        count = max(len(scene.classes), *(int(said.max()) + 1 for _, said, _, _ in parts))
         names = [scene.name(i) for i in range(count)]
         with paper_style():
             figure = Figure(figsize=(7.0, 6.6), dpi=200, layout="constrained")
             axes = figure.subplots(2, 2).flat
-            for axis, (title, said) in zip(axes, parts, strict=True):
-                shares = confusion(labels.cpu(), said, count)
+            for axis, (title, said, good, word) in zip(axes, parts, strict=True):
+                shares = confusion(truth, said, count)
                 picture = _matrix(axis, shares, names[: len(scene.classes)], names)
-                right = float((said == labels.cpu()).double().mean())
-                axis.set_title(f"{title}: {100 * right:.1f} % right", fontsize=FONT + 1)
+                axis.set_title(f"{title}: {100 * float(good.double().mean()):.1f} % {word}", fontsize=FONT + 1)
             figure.colorbar(picture, ax=figure.axes, shrink=0.5, label="share of the class (%)")
             accesses = " and ".join(dict.fromkeys((bare_access, access)))
             text = (
                 "Rows: the true class; columns: the answer. Off the diagonal of the attacked: where each class flows."
+                f"{scene.rule}"
             )
             return finish(figure, f"{scene.caption(len(labels), access=accesses)} {text}", path)
 

@@ -32,6 +32,7 @@ _STYLES = {"gray_box": (0, (4, 1.5)), "white_box": "solid"}
 _GREYS, _CROSSES = (BLACK, "#777777", "#AAAAAA"), "x+12"  # of the bare classifier, where it has several lines
 _NAMES = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": r"$\ell_0$"}
 _UNITS = {"linf": "largest change of a pixel, pixels in [0, 1]", "l0": "pixels changed"}
+REJECTED = "#555555"  # neither right nor wrong
 FONT = 8  # points, at the printed size
 PANELS = 12  # of one figure, before it is divided
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from src.analysis.curves import BLUE, FONT, VERMILLION, paper_style
+from src.analysis.curves import FONT, paper_style
 from src.analysis.scene import Analysis, Scene, finish
 from src.tables import format_eps
 
@@ -40,11 +40,14 @@ class OverEps(Analysis):
                 for row in range(len(labels)):
                     axis = axes[row][column]
                     show(axis, images[row])
-                    right = int(said[row]) == int(labels[row])
+                    word, color = scene.look(int(said[row]), int(labels[row]))
                     head = f"{title}\n" if row == 0 else ""
-                    word = f"{scene.name(int(said[row]))[:9]} {100 * float(confidence[row]):.0f} %"
-                    axis.set_title(f"{head}{word}", fontsize=FONT, color=BLUE if right else VERMILLION, pad=2)
-            text = "Above each image the answer of the defended model and its softmax share: blue right, orange wrong."
+                    share = f"{100 * float(confidence[row]):.0f} %"
+                    axis.set_title(f"{head}{word[:9]} {share}", fontsize=FONT, color=color, pad=2)
+            text = (
+                "Above each image the answer of the defended model and its softmax share: blue right, orange wrong, "
+                "grey rejected by a detector."
+            )
             return finish(figure, f"{scene.caption(len(labels), radius='as above each column')} {text}", path)
 
 

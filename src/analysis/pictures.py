@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from src import records as store
 from src import sidecars
-from src.analysis.curves import BLUE, VERMILLION, paper_style, save_figure
+from src.analysis.curves import BLUE, REJECTED, VERMILLION, paper_style, save_figure
 from src.records import Record
 from src.tables import format_eps
 
@@ -109,7 +109,7 @@ def _block(sheet: Any, top: float, record: Record, arrays: Mapping[str, Any]) ->
                 name = _name(names, said)
                 mark, color = (" ✓", BLUE) if said == truth else (" ✗", VERMILLION)
                 if name == "rejected":  # neither right nor wrong
-                    mark, color = "", "#555555"
+                    mark, color = "", REJECTED
                 middle, above = left + _SIDE / 2, top + _SIDE + 0.03
                 sheet.text(middle, above, f"{name}{mark}", fontsize=_FONT, color=color, ha="center", va="baseline")
     return top

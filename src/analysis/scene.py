@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.analysis.curves import FONT, save_figure
+from src.analysis.curves import BLUE, FONT, REJECTED, VERMILLION, save_figure
 from src.errors import UserError
+from src.sidecars import withstood
 from src.tables import format_eps
 
 
@@ -85,6 +86,30 @@ class Scene:
         confidence, said = shares.max(dim=1)
         return said.cpu(), confidence.cpu()
 
+    def held(self, before: Tensor, after: Tensor) -> Tensor:
+        """Which of the first images count as held, by the rule of the records.
+
+        Args:
+            before: classes that the defended model gives the clean images.
+            after: those that it gives the attacked ones.
+        """
+        labels = self.labels[: len(after)].cpu()
+        if not getattr(self.defended, "rejects", False):
+            return after == labels
+        held: Tensor = withstood(before == labels, after == labels, after == len(self.classes))
+        return held
+
+    @property
+    def rule(self) -> str:
+        """For captions of a model that rejects: what :meth:`held` counts."""
+        rejects = getattr(self.defended, "rejects", False)
+        return " A rejected image counts as held where the clean one was right." if rejects else ""
+
+    def look(self, said: int, label: int) -> tuple[str, str]:
+        """What is written at an image, and its colour: rejected is neither right nor wrong."""
+        color = BLUE if said == label else VERMILLION if said < len(self.classes) else REJECTED
+        return self.name(said), color
+
     def name(self, index: int) -> str:
         return self.classes[index] if index < len(self.classes) else "rejected"
 
@@ -109,7 +134,7 @@ class Analysis(ABC):
 
 def finish(figure: Any, caption: str, path: Path) -> Path:
     """Caption below, written whole."""
-    wide = int(figure.get_size_inches()[0] * 17)  # characters of the caption's font in the figure's width
+    wide = int(figure.get_size_inches()[0] * 16)  # characters of the caption's font in the figure's width
     figure.supxlabel(textwrap.fill(caption, wide), x=0.01, ha="left", fontsize=FONT, color="#333333")
     return save_figure(figure, path)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from src import records as store
 from src import sidecars
-from src.analysis.curves import BLUE, FONT, VERMILLION, paper_style, save_figure
+from src.analysis.curves import BLUE, FONT, REJECTED, VERMILLION, paper_style, save_figure
 from src.records import Record
 from src.tables import format_eps
 
-_NEEDED = ("clean", "adversarial", "picture_label", "picture_prediction")
+_NEEDED = ("clean", "adversarial", "picture_label", "picture_prediction", "class_names")
 _SHOWN = 8
 
 
@@ -54,16 +54,19 @@ def side_by_side(cells: Sequence[Record], files: Mapping[str, Path], path: Path)
         _row(axes[0], "clean", clean)
         for line, (record, arrays), change in zip(axes[1:], rows, changes, strict=True):
             _row(line, f"{record.attack}\nε = {format_eps(record.eps)}", 0.5 + scale * change)
+            names = arrays["class_names"]
             for axis, size, said, truth in zip(
                 line, distance(change, record.norm), arrays["picture_prediction"], arrays["picture_label"], strict=False
             ):
-                color = BLUE if said == truth else VERMILLION
-                axis.set_title(f"{size:.3g}", fontsize=FONT, color=color, pad=2)
+                color, word = (BLUE, "") if said == truth else (VERMILLION, "")
+                if said == len(names) - 1 and str(names[-1]) == "rejected":
+                    color, word = REJECTED, "\nrejected"
+                axis.set_title(f"{size:.3g}{word}", fontsize=FONT, color=color, pad=2)
         first = rows[0][0]
         text = (
             f"n = {len(clean)} images of {first.dataset}, {first.classifier}, defense {first.defense}. Threat model: "
             f"{first.norm}, {first.access}.\nChange x{scale:.3g}, grey = 0; above it its {first.norm} size: orange "
-            "where the defended model is wrong, blue where it holds."
+            "where the defended model is wrong, blue where it is right, grey where it rejects."
         )
         figure.supxlabel(text, x=0.01, ha="left", fontsize=FONT, color="#333333")
         return save_figure(figure, path)
