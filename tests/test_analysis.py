@@ -31,6 +31,7 @@ from src.analysis.fid import inception
 from src.analysis.scene import Scene, draw
 from src.build import build
 from src.errors import UserError
+from src.outcome import _detection
 from src.report.command import CONF
 from tests.conftest import Linear, Outcome, choices
 from tests.test_report import cell, failed, is_drawn, sidecar
@@ -53,6 +54,35 @@ def test_roc_by_hand() -> None:
     assert y.tolist() == pytest.approx([0, 0.5, 0.5, 1, 1, 1])
     assert area == pytest.approx(5 / 6)  # of the six pairs one is the wrong way round
     assert float(torch.trapezoid(y, x)) == pytest.approx(area)
+
+
+def test_the_detector_is_drawn_as_the_record_counts_it(drawn: list[Any], tmp_path: Path) -> None:
+    seen = scene(accesses=("white_box",))
+    seen.labels = seen.labels.clone()
+    seen.labels[:15] = (seen.labels[:15] + 1) % 3  # wrong from the start
+    made = seen.attacked("white_box", 40).images
+    clean, after = (seen.defended.test_step({"image": images}, 0) for images in (seen.images, made))
+    right = clean["prediction"] == seen.labels
+    count, area = (
+        int((right & (after["behind"] != seen.labels)).sum()),
+        _detection(clean | {"label": seen.labels}, after | {"label": seen.labels}, right)["detection_auc"],
+    )
+    assert 0 < count < int((after["behind"] != seen.labels).sum())
+    draw([("detector", detector.Detector(images=40))], seen, tmp_path)
+    bars, curve = drawn[0].axes
+    assert f"attacked, white_box ({count})" in [text.get_text() for text in bars.get_legend().get_texts()]
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == [f"white_box: AUC {area:.3f}"]
+
+
+def test_no_score_below_the_median_is_lumped_together(drawn: list[Any], tmp_path: Path) -> None:
+    seen = scene()
+    seen.defended.least = 3.0
+    draw([("detector", detector.Detector(images=40))], seen, tmp_path)
+    clean = drawn[0].axes[0].patches[:40]
+    lowest = float(seen.defended.suspicion(seen.images).min())
+    assert lowest < -1
+    assert clean[0].get_x() <= lowest
+    assert sum(bar.get_height() for bar in clean[:1]) < 5
 
 
 def test_layers_in_their_order_and_their_difference() -> None:
@@ -146,8 +176,10 @@ class Detecting(Linear):
 
     rejects = True
 
+    least = 0.0
+
     def suspicion(self, images: Tensor) -> Tensor:
-        return 2 * images.flatten(1).mean(dim=1)
+        return 2 * images.flatten(1).mean(dim=1) - self.least
 
     def logits(self, images: Tensor) -> Tensor:
         return super().forward(images)
@@ -159,6 +191,13 @@ class Detecting(Linear):
 
     def purified(self, images: Tensor) -> Tensor:
         return images / 2
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        images = batch["image"]
+        return {
+            "prediction": self(images).argmax(dim=1), "behind": self.logits(images).argmax(dim=1),
+            "rejected": self.suspicion(images) > 1, "suspicion": self.suspicion(images),
+        }  # fmt: skip
 
 
 def scene(**changes: Any) -> Scene:
