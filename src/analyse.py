@@ -70,6 +70,7 @@ def scene(bench: Bench, radii: tuple[float, ...]) -> Scene:
         radii=radii,
         accesses=tuple(str(access) for access in job.access),
         attack=attacked,
+        norm=job.norm,
         threat=f"{bench.names.attack} ({'targeted' if job.threat.targeted else 'untargeted'}), {job.norm}",
         minimal=attack.minimal,
         trainings=tuple(folder for folder in bench.stages.folders if folder.parent.name == "defense"),

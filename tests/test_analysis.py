@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from src.analysis import (
     cost,
     curves,
     detector,
+    distances,
     fid,
+    losses,
     over_eps,
     representation,
     side_by_side,
@@ -30,6 +33,7 @@ from src.analysis import (
 from src.analysis.fid import inception
 from src.analysis.scene import Scene, draw
 from src.build import build
+from src.defenses.guarded import DefendedModel
 from src.errors import UserError
 from src.outcome import _detection
 from src.report.command import CONF
@@ -216,7 +220,7 @@ def scene(**changes: Any) -> Scene:
         "dataset": "digits", "classifier_name": "linear",
         "classifier": bare, "defended": model, "images": images, "labels": labels, "classes": ("a", "b", "c"),
         "radii": (0.1, 0.3, float("inf")), "accesses": ("gray_box", "white_box"), "attack": attack,
-        "threat": "noise (untargeted), linf", "minimal": True, "steps": 3,
+        "norm": "linf", "threat": "noise (untargeted), linf", "minimal": True, "steps": 3,
     }  # fmt: skip
     return Scene(**(values | changes))
 
@@ -235,7 +239,7 @@ def test_each_choice_draws_with_a_caption(name: str, tmp_path: Path, monkeypatch
     write = Figure.supxlabel
     monkeypatch.setattr(Figure, "supxlabel", lambda self, text, **k: captions.append(text) or write(self, text, **k))
     (tmp_path / "metrics.csv").write_text("epoch,step,train_loss\n0,9,3\n1,19,1\n")
-    (tmp_path / "meta.json").write_text('{"what": "defense vae on digits"}')
+    (tmp_path / "meta.json").write_text('{"what": "defense vae on digits", "about": {}}')
     seen = scene(trainings=(tmp_path,))
     seen.defended.generates = Remembered(seen.images, None)
     (path,) = draw([(name, built(name))], seen, tmp_path)
@@ -292,6 +296,54 @@ def test_a_rejected_image_has_held_in_every_figure(drawn: list[Any], tmp_path: P
     attacked = pictures.axes[-1].title
     assert "rejected" in attacked.get_text()
     assert attacked.get_color() == curves.REJECTED
+
+
+@pytest.mark.parametrize(("norm", "unit"), [("l0", "pixels changed"), ("l2", "l2 distance, pixels in [0, 1]")])
+def test_distances_are_in_the_unit_of_their_norm(norm: str, unit: str, drawn: list[Any], tmp_path: Path) -> None:
+    draw([("distances", distances.Distances(images=5))], scene(norm=norm), tmp_path)
+    assert unit in drawn[0].axes[0].get_xlabel()
+
+
+def test_activations_are_those_of_the_network_that_answers(drawn: list[Any], tmp_path: Path) -> None:
+    seen = scene()
+    assert seen.network == (seen.defended, "the network of the defense, which replaces the bare classifier")
+    inner = DefendedModel(classifier=seen.classifier, purify=lambda images: images)
+    assert scene(defended=DefendedModel(classifier=inner), classifier=seen.classifier).network[0] is seen.classifier
+    hardened = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 3))
+    draw([("a", activations.Activations(images=5))], scene(defended=DefendedModel(classifier=hardened)), tmp_path)
+    axis = drawn[0].subfigs[0].axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2"]
+    assert "the network of the defense" in " ".join(drawn[0].get_supxlabel().split())
+
+
+def test_a_network_that_draws_is_looked_at_in_one_draw() -> None:
+    class Noisy(Linear):
+        def features(self, x: Tensor) -> Tensor:
+            return (x + torch.randn_like(x)).flatten(1)
+
+    model, images = Noisy(), torch.rand(2, 1, 4, 4)
+    state = torch.random.get_rng_state()
+    assert activations.layers(model, images)["layer"].equal(activations.layers(model, images)["layer"])
+    assert torch.random.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (None, "on images that nothing attacks"),
+        ({"attack": {"_target_": "src.attacks.pgd.PGD"}, "radius": "full"}, "by pgd, untargeted, linf, ε = 0.3"),
+        ({"attack": None, "validation": {"_target_": "src.attacks.pgd.PGD"}, "radius": "drawn"},
+         "by itself, validation images by pgd, untargeted, linf, ε = up to 0.3"),
+    ],
+)  # fmt: skip
+def test_losses_name_the_threat_that_was_learnt_from(
+    source: dict[str, Any] | None, said: str, drawn: list[Any], tmp_path: Path
+) -> None:
+    about = {"trained_on": {**source, "norm": "linf", "eps": 0.3}} if source else {}
+    (tmp_path / "metrics.csv").write_text("epoch,step,train_loss\n0,9,3\n")
+    (tmp_path / "meta.json").write_text(json.dumps({"what": "defense x", "about": about}))
+    draw([("losses", losses.Losses())], scene(trainings=(tmp_path,)), tmp_path)
+    assert said in " ".join(drawn[0].get_supxlabel().split())
 
 
 def test_of_the_loss_a_rejection_counts_as_the_right_answer() -> None:

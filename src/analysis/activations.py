@@ -17,6 +17,8 @@ from src.errors import UserError
 class Activations(Analysis):
     """Relative difference over depth, and for one image the largest over channels as a map of each layer.
 
+    Of the network that answers: the bare classifier, or what a defense has put in its place.
+
     Args:
         images: first images looked at.
         maps: layers shown as maps, evenly over the depth.
@@ -33,9 +35,10 @@ class Activations(Analysis):
         attacked = scene.attacked(scene.strongest, self.images).images
         with torch.no_grad():
             random = (clean + (attacked - clean).abs() * torch.sign(torch.randn_like(clean))).clamp(0, 1)
-        before, after, noisy = (layers(scene.classifier, each) for each in (clean, attacked, random))
+        network, called = scene.network
+        before, after, noisy = (layers(network, each) for each in (clean, attacked, random))
         if not before:
-            raise UserError("the classifier has no convolution or linear layer to look at")
+            raise UserError(f"{called} has no convolution or linear layer to look at")
         names = list(before)
         spatial = [name for name in names if before[name].dim() == 4 and before[name].shape[-1] > 1]
         chosen = spatial[:: max(1, len(spatial) // self.maps)][: self.maps]
@@ -62,15 +65,18 @@ class Activations(Analysis):
                 place.set(xticks=[], yticks=[])
                 place.set_title(f"{name}\nmax {float(change.max()):.2g}", fontsize=FONT)
             text = (
-                "Above: difference of each layer's output to that of the clean image. Below: for one image, the "
-                "largest difference over channels, dark = 0, each map on its own scale."
+                f"Looked at: {called}. Above: difference of each layer's output to that of the clean image. Below: "
+                "for one image, the largest difference over channels, dark = 0, each map on its own scale."
             )
             return finish(figure, f"{scene.caption(len(labels))} {text}", path)
 
 
 @torch.no_grad()
 def layers(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Output of each convolution and linear layer, in the order in which they are passed."""
+    """Output of each convolution and linear layer, in the order in which they are passed.
+
+    Of a network that draws at random, the same draw at each call.
+    """
     found: dict[str, Tensor] = {}
     handles = []
     for name, module in model.named_modules():
@@ -82,7 +88,9 @@ def layers(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
             handles.append(module.register_forward_hook(keep))
     try:
-        model(images)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model(images)
     finally:
         for handle in handles:
             handle.remove()

@@ -37,6 +37,11 @@ FONT = 8  # points, at the printed size
 PANELS = 12  # of one figure, before it is divided
 
 
+def unit(norm: str) -> str:
+    """What a radius of that norm is counted in."""
+    return _UNITS.get(norm, f"{norm} distance, pixels in [0, 1]")
+
+
 @dataclass(frozen=True)
 class Line:
     label: str
@@ -200,8 +205,7 @@ def _panel(
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
     axis.set_axisbelow(True)
     name = _NAMES.get(first.norm, first.norm)
-    unit = _UNITS.get(first.norm, f"{first.norm} distance, pixels in [0, 1]")
-    axis.set_xlabel(f"ε ({name}: {unit})" if alone else f"ε ({name})")
+    axis.set_xlabel(f"ε ({name}: {unit(first.norm)})" if alone else f"ε ({name})")
     defense = f", defense {defenses[0]}" if alone and len(defenses) == 1 else ""
     targeted = " targeted" if first.targeted else ""
     separator = ", " if alone else f", n = {first.n:,}\n"

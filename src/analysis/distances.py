@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pydantic import PositiveInt
 
-from src.analysis.curves import BLUE, GREEN, PURPLE, VERMILLION, paper_style
+from src.analysis.curves import BLUE, GREEN, PURPLE, VERMILLION, paper_style, unit
 from src.analysis.scene import Analysis, Scene, finish
 from src.errors import UserError
 
@@ -53,10 +53,11 @@ class Distances(Analysis):
                 if len(found):
                     median = float(turned.quantile(0.5, interpolation="higher"))
                     axis.axvline(median, color=color, linewidth=0.8, linestyle=(0, (2, 2)))
-            axis.set_xlabel("smallest perturbation found (distance, pixels in [0, 1])")
+            axis.set_xlabel(f"smallest perturbation found ({unit(scene.norm)})")
             axis.set_ylabel("images turned (%)")
             axis.set_ylim(-3, 103)
             axis.set_xlim(left=0)
+            axis.xaxis.get_major_locator().set_params(integer=scene.norm == "l0")
             axis.legend(frameon=False)
             text = "Dotted: median. Images wrong from the start count as turned at 0."
             caption = scene.caption(len(labels), radius="inf", access=", ".join(scene.accesses))

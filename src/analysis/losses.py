@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from src.analysis.curves import BLUE, FONT, VERMILLION, paper_style
 from src.analysis.scene import Analysis, Scene, finish
 from src.analysis.training import read, series
 from src.errors import UserError
+from src.tables import format_eps
 
 COLUMNS = 3  # panels beside each other
 
@@ -22,7 +24,7 @@ class Losses(Analysis):
         from matplotlib.ticker import MaxNLocator
 
         panels = [
-            (_what(folder), name, points)
+            (_meta(folder)["what"], name, points)
             for folder in scene.trainings
             for name, points in series(read(folder / "metrics.csv")).items()
         ]
@@ -41,7 +43,9 @@ class Losses(Analysis):
                 axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
             for axis in axes[len(panels) :]:
                 axis.set_axis_off()
-            about = "; ".join(dict.fromkeys(what for what, _, _ in panels))
+            shown = {what for what, _, _ in panels}
+            metas = [meta for folder in scene.trainings if (meta := _meta(folder))["what"] in shown]
+            about = "; ".join(dict.fromkeys(f"{meta['what']} ({_threat(meta)})" for meta in metas))
             epochs = max(int(epoch) for _, _, points in panels for epoch, _ in points)
             text = (
                 f"Training of {about}, n = {epochs} epochs; a point is the mean over one. Blue: training images, "
@@ -50,6 +54,17 @@ class Losses(Analysis):
             return finish(figure, text, path)
 
 
-def _what(folder: Path) -> str:
-    """What a stage is called."""
-    return str(json.loads((folder / "meta.json").read_text())["what"])
+def _meta(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    return found
+
+
+def _threat(meta: dict[str, Any]) -> str:
+    """The threat model that a training learnt from, if any."""
+    source = meta["about"].get("trained_on")
+    if not source:
+        return "on images that nothing attacks"
+    name = str((source["attack"] or source["validation"])["_target_"]).split(".")[-2]
+    attack = f"by {name}" if source["attack"] else f"by itself, validation images by {name}"
+    radius = "up to " if source["radius"] == "drawn" else ""
+    return f"attacked {attack}, untargeted, {source['norm']}, ε = {radius}{format_eps(source['eps'])}"

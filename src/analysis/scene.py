@@ -36,6 +36,7 @@ class Scene:
             them (:class:`src.attacks.base.Attacked`); ``steps`` overrides the attack's own, ``exhaust`` lets it go on
             with images that are turned already.
         steps: of the attack; None where it counts none.
+        norm: that the attack is bounded in.
         threat: the threat model in words, without eps and access.
         minimal: the attack searches the smallest change.
         trainings: folders of the stages that the defense was trained in.
@@ -51,6 +52,7 @@ class Scene:
     radii: tuple[float, ...]
     accesses: tuple[str, ...]
     attack: Callable[..., Any]
+    norm: str
     threat: str
     minimal: bool
     trainings: tuple[Path, ...] = ()
@@ -67,6 +69,16 @@ class Scene:
     def strongest(self) -> str:
         """white_box where it was asked for."""
         return "white_box" if "white_box" in self.accesses else self.accesses[0]
+
+    @property
+    def network(self) -> tuple[Any, str]:
+        """The network that answers, behind whatever changes or flags the images, and what it is called."""
+        network = self.defended
+        while hasattr(network, "purified") and hasattr(network, "classifier"):
+            network = network.classifier
+        if network is self.classifier:
+            return network, "the bare classifier"
+        return network, "the network of the defense, which replaces the bare classifier"
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
         return self.images[:count], self.labels[:count]
