@@ -50,8 +50,7 @@ def scene(bench: Bench, radii: tuple[float, ...]) -> Scene:
         )  # fmt: skip
         chosen = attack
         if steps is not None:
-            chosen = copy.copy(attack)
-            setattr(chosen, "steps", steps)  # noqa: B010 (not every attack has it: the caller has asked)
+            chosen = with_steps(attack, steps, threat.radius(images))
         generator = torch.Generator(images.device).manual_seed(seed_of(job.seed, 0))
         torch.manual_seed(job.seed)
         return chosen(targets[access], images, labels, threat, generator=generator, search=bench.images.search)
@@ -76,6 +75,15 @@ def scene(bench: Bench, radii: tuple[float, ...]) -> Scene:
         trainings=tuple(folder for folder in bench.stages.folders if folder.parent.name == "defense"),
         steps=getattr(attack, "steps", None),
     )
+
+
+def with_steps(attack: Any, steps: int, radius: float) -> Any:
+    """The attack in another number of steps, each as long as before: where none is given, they share out the radius."""
+    other = copy.copy(attack)
+    other.steps = steps
+    if getattr(attack, "step", 0) is None:
+        other.step = getattr(attack, "relative_step", 1.0) * radius / attack.steps
+    return other
 
 
 def _images(bench: Bench, at_most: int = 2000) -> tuple[Tensor, Tensor]:

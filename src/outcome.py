@@ -113,15 +113,20 @@ def to_sidecar(
     chosen = right[: len(seen["clean"])].nonzero().flatten()[:PICTURES]
     before, after = seen["clean"][chosen], seen["image"][chosen]
     torch.manual_seed(job.seed)
+    models = {"clean_": (defended, before), "": (defended, after), "bare_": (classifier, after)}
+    said = {
+        "clean_": clean["defended"][chosen],
+        "": seen["prediction"][chosen],
+        "bare_": classifier(after).argmax(dim=1),
+    }
     pictures = {
         "clean": before,
         "adversarial": after,
         "purified_clean": defended.purified(before),
         "purified": defended.purified(after),
         "picture_label": clean["label"][chosen],
-        "picture_clean_prediction": clean["defended"][chosen],
-        "picture_prediction": seen["prediction"][chosen],
-        "picture_bare_prediction": classifier(after).argmax(dim=1),
+        **{f"picture_{of}prediction": classes_said for of, classes_said in said.items()},
+        **{f"picture_{of}confidence": _shares(*models[of], classes_said) for of, classes_said in said.items()},
     }
     verdicts = {
         "index": clean["index"],
@@ -133,6 +138,14 @@ def to_sidecar(
     }
     names = np.array([*classes, "rejected"] if defended.rejects else classes, dtype=np.str_)
     return {"class_names": names} | {name: value.numpy() for name, value in (pictures | verdicts).items()}
+
+
+def _shares(model: torch.nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Softmax share of each image's class."""
+    if not len(images):  # not every defense takes an empty batch
+        return images.new_zeros(0)
+    shares: Tensor = model(images).float().softmax(dim=1)
+    return shares.gather(1, classes[:, None]).squeeze(1)
 
 
 def _detection(clean: Table, seen: Table, right: Tensor) -> dict[str, float | None]:

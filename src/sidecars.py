@@ -29,15 +29,19 @@ def find(paths: Iterable[Path]) -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.rglob("*.npz"))}
 
 
-def read(path: Path | None, names: Iterable[str]) -> dict[str, Any] | None:
-    """The arrays of those names; None where the file is absent, damaged or has not all of them."""
+def read(path: Path | None, names: Iterable[str], beside: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The arrays of those names; None where the file is absent, damaged or has not all of them.
+
+    Args:
+        beside: names of arrays that are taken where they are there: earlier versions wrote none.
+    """
     import numpy as np
 
     if path is None:
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
+            return {name: file[name] for name in (*names, *(name for name in beside if name in file))}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None
 

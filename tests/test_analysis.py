@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from src import config, memory, sidecars
+from src.analyse import with_steps
 from src.analysis import (
     activations,
     attack_loss,
@@ -32,6 +33,9 @@ from src.analysis import (
 )
 from src.analysis.fid import inception
 from src.analysis.scene import Scene, draw
+from src.attacks.apgd import APGD
+from src.attacks.fgsm import FGSM
+from src.attacks.pgd import PGD
 from src.build import build
 from src.defenses.guarded import DefendedModel
 from src.errors import UserError
@@ -346,6 +350,27 @@ def test_losses_name_the_threat_that_was_learnt_from(
     assert said in " ".join(drawn[0].get_supxlabel().split())
 
 
+def test_more_steps_are_as_long_as_before() -> None:
+    assert with_steps(PGD(steps=8), 2, 0.3).step == pytest.approx(2.5 * 0.3 / 8)
+    assert with_steps(FGSM(steps=4), 1, 0.2).step == pytest.approx(0.05)
+    assert with_steps(PGD(steps=8, step=0.1), 2, 0.3).step == 0.1
+    assert with_steps(APGD(steps=8), 2, 0.3).steps == 2
+
+
+def test_where_classes_flow_is_of_images_right_before(drawn: list[Any], tmp_path: Path) -> None:
+    seen = scene(accesses=("white_box",))
+    seen.labels = seen.labels.clone()
+    kind = int(seen.labels[0])
+    seen.labels[seen.labels == kind] = (kind + 1) % 3  # all of them wrong from the start
+    draw([("confusion", confusion.Confusion(images=40))], seen, tmp_path)
+    clean, attacked = (drawn[0].axes[place].images[0].get_array()[(kind + 1) % 3] for place in (0, 1))
+    assert clean[kind] > 0
+    before = seen.classifier(seen.images).argmax(1) == seen.labels
+    after = seen.classifier(seen.attacked("white_box", 40).images).argmax(1)
+    expected = confusion.confusion(seen.labels[before], after[before], 4)[(kind + 1) % 3]
+    assert list(attacked) == pytest.approx(expected.tolist())
+
+
 def test_of_the_loss_a_rejection_counts_as_the_right_answer() -> None:
     logits = torch.tensor([[1.0, 5.0, 9.0], [1.0, 5.0, 0.0]])
     assert attack_loss._accepted(logits, torch.tensor([0, 0])).tolist() == [[9.0, 5.0], [1.0, 5.0]]
@@ -425,6 +450,7 @@ def test_of_attacks_side_by_side_the_rejected_are_neither_right_nor_wrong(drawn:
     for record in cells:
         sidecar(record, tmp_path, rejected=record.attack == "pgd")
     side_by_side.side_by_side(cells, sidecars.find([tmp_path]), tmp_path / "a.png")
+    assert "untargeted, linf" in drawn[0].get_supxlabel()
     titles = [axis.title for axis in drawn[0].axes[4:]]
     assert [title.get_text() for title in titles] == ["0.1"] * 4 + ["0.1\nrejected"] * 4
     assert [title.get_color() for title in titles] == [curves.BLUE] * 4 + [curves.REJECTED] * 4

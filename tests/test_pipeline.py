@@ -56,6 +56,8 @@ def test_a_run_writes_records_tables_and_pictures_and_the_second_computes_nothin
         with np.load(run / "records" / f"{record.key}.npz") as arrays:
             assert (arrays["prediction"] == arrays["label"]).sum() == record.correct_attacked
             assert arrays["index"].tolist() == list(range(100))
+            assert arrays["picture_bare_confidence"].shape == arrays["picture_label"].shape
+            assert (arrays["picture_bare_confidence"] >= 0.1).all(), "of the likeliest of ten classes"
     assert found[0].robust_accuracy_bare is not None
     for name in ("results.csv", "results.md", "robustness_curve.png", "pictures.png"):
         assert (run / name).stat().st_size > 100

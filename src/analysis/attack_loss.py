@@ -22,6 +22,7 @@ class AttackLoss(Analysis):
     Accuracy is that of the records: an image that is rejected has held unless its clean version was rejected. Of the
     loss a rejection counts as the right answer, as attackers take it.
 
+    The steps are as long as those of the whole attack. One that plans by their number (apgd, fmn) plans anew for each.
     A loss that still rises at the end, or an accuracy that still falls, says that more steps would do more harm. The
     last point is twice the steps that were asked for.
 

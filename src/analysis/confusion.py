@@ -16,6 +16,8 @@ from src.analysis.scene import Analysis, Scene, finish
 class Confusion(Analysis):
     """Four matrices: the bare classifier on clean and on attacked images, the defended model on both.
 
+    Those of attacked images are of what was right before, so that all that is off the diagonal is the attack's doing.
+
     Args:
         images: first images looked at.
     """
@@ -35,25 +37,27 @@ class Confusion(Analysis):
         bare, defended = scene.answers(scene.classifier, clean)[0], scene.answers(scene.defended, clean)[0]
         bare_after, after = scene.answers(scene.classifier, on_bare)[0], scene.answers(scene.defended, attacked)[0]
         held = scene.held(defended, after)
+        everything = torch.ones_like(truth, dtype=torch.bool)
         parts = [
-            ("bare classifier, clean", bare, bare == truth, "right"),
-            (f"bare, attacked ({bare_access})", bare_after, bare_after == truth, "right"),
-            ("defended model, clean", defended, defended == truth, "right"),
-            (f"defended, attacked ({access})", after, held, "held"),
+            ("bare classifier, clean", bare, bare == truth, "right", everything),
+            (f"bare, attacked ({bare_access})", bare_after, bare_after == truth, "right", bare == truth),
+            ("defended model, clean", defended, defended == truth, "right", everything),
+            (f"defended, attacked ({access})", after, held, "held", defended == truth),
         ]
-        count = max(len(scene.classes), *(int(said.max()) + 1 for _, said, _, _ in parts))
+        count = max(len(scene.classes), *(int(said.max()) + 1 for _, said, *_ in parts))
         names = [scene.name(i) for i in range(count)]
         with paper_style():
             figure = Figure(figsize=(7.0, 6.6), dpi=200, layout="constrained")
             axes = figure.subplots(2, 2).flat
-            for axis, (title, said, good, word) in zip(axes, parts, strict=True):
-                shares = confusion(truth, said, count)
+            for axis, (title, said, good, word, rows) in zip(axes, parts, strict=True):
+                shares = confusion(truth[rows], said[rows], count)
                 picture = _matrix(axis, shares, names[: len(scene.classes)], names)
                 axis.set_title(f"{title}: {100 * float(good.double().mean()):.1f} % {word}", fontsize=FONT + 1)
             figure.colorbar(picture, ax=figure.axes, shrink=0.5, label="share of the class (%)")
             accesses = " and ".join(dict.fromkeys((bare_access, access)))
             text = (
-                "Rows: the true class; columns: the answer. Off the diagonal of the attacked: where each class flows."
+                "Above each matrix: the share of all images. Rows: the true class; columns: the answer. Those of "
+                "attacked images are of what was right before: off the diagonal is where the attack drives each class."
                 f"{scene.rule}"
             )
             return finish(figure, f"{scene.caption(len(labels), access=accesses)} {text}", path)

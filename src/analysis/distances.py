@@ -29,6 +29,7 @@ class Distances(Analysis):
 
     def draw(self, scene: Scene, path: Path) -> Path:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         if not scene.minimal:
             raise UserError("this attack fills a budget; use one that searches the smallest change, such as attack=fmn")
@@ -57,7 +58,7 @@ class Distances(Analysis):
             axis.set_ylabel("images turned (%)")
             axis.set_ylim(-3, 103)
             axis.set_xlim(left=0)
-            axis.xaxis.get_major_locator().set_params(integer=scene.norm == "l0")
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=scene.norm == "l0"))
             axis.legend(frameon=False)
             text = "Dotted: median. Images wrong from the start count as turned at 0."
             caption = scene.caption(len(labels), radius="inf", access=", ".join(scene.accesses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,10 @@ _NEEDED = (
     "clean", "adversarial", "purified", "picture_label", "picture_clean_prediction", "picture_prediction",
     "picture_bare_prediction", "class_names",
 )  # fmt: skip
+_CONFIDENCES = ("picture_clean_confidence", "picture_confidence", "picture_bare_confidence")
 # Inches. Places are set by hand: the automatic layouts leave as much air between the rows as there is image.
 _SIDE, _PITCH, _TEXT = 0.72, 0.76, 0.15
-_LEFT, _HEAD, _FOOT = 1.2, 0.27, 0.3
+_LEFT, _HEAD = 1.2, 0.27
 _FONT = 7  # below the 8 points of the curves: a prediction has to fit over an image of 0.7 in
 
 
@@ -56,7 +58,9 @@ def picture_grid(records: Iterable[Record], folder: Path | Mapping[str, Path], p
         return None
     count = max(len(arrays["clean"]) for _, arrays in blocks)
     width = _LEFT + count * _PITCH
-    height = _FOOT + sum(_HEAD + sum(_height(row) for row in _rows(arrays)) for _, arrays in blocks)
+    text = textwrap.fill(_caption(blocks), int(width * 17))
+    foot = 0.1 + _TEXT * (text.count("\n") + 1)
+    height = foot + sum(_HEAD + sum(_height(row, arrays) for row in _rows(arrays)) for _, arrays in blocks)
     with paper_style():
         figure = Figure(figsize=(width, height), dpi=200)
         # One sheet measured in inches, not an axis for each picture: three times as fast to draw.
@@ -65,17 +69,30 @@ def picture_grid(records: Iterable[Record], folder: Path | Mapping[str, Path], p
         top = height
         for record, arrays in blocks:
             top = _block(sheet, top, record, arrays)
-        legend = "Over an image: the label predicted. ✓ right (blue), ✗ wrong (orange), rejected by a detector (grey)."
-        sheet.text(0.05, 0.09, legend, fontsize=_FONT + 1, color="#333333")
+        sheet.text(0.05, foot - 0.04, text, fontsize=_FONT + 1, color="#333333", va="top")
         return save_figure(figure, path)
 
 
-def _height(row: str) -> float:
-    return _PITCH + (0.0 if row == "change" else _TEXT)
+def _caption(blocks: Sequence[tuple[Record, Mapping[str, Any]]]) -> str:
+    first = blocks[0][0]
+    shown = max(len(arrays["clean"]) for _, arrays in blocks)
+    aim = "targeted" if first.targeted else "untargeted"
+    accesses = ", ".join(record.access for record, _ in blocks)
+    sure = " and its softmax share" if all(name in arrays for _, arrays in blocks for name in _CONFIDENCES) else ""
+    return (
+        f"n = {shown} of {first.n:,} images, the first that were right. Threat model: {first.attack} ({aim}), "
+        f"{first.norm}, ε = {format_eps(first.eps)}, {accesses}. Over an image: the label predicted{sure}; ✓ right "
+        "(blue), ✗ wrong (orange), rejected by a detector (grey)."
+    )
+
+
+def _height(row: str, arrays: Mapping[str, Any]) -> float:
+    text = 2 * _TEXT - 0.04 if _CONFIDENCES[0] in arrays else _TEXT
+    return _PITCH + (0.0 if row == "change" else text)
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    arrays = sidecars.read(path, _NEEDED)
+    arrays = sidecars.read(path, _NEEDED, _CONFIDENCES)
     return arrays if arrays is not None and len(arrays["clean"]) else None
 
 
@@ -96,31 +113,33 @@ def _block(sheet: Any, top: float, record: Record, arrays: Mapping[str, Any]) ->
     top -= _HEAD
     names = [str(name) for name in arrays["class_names"]]
     for row in _rows(arrays):
-        images, predictions, label = _content(
-            row, arrays, "classifier" if record.defense == "none" else "defended model"
-        )
-        top -= _height(row)
+        images, said_by, label = _content(row, arrays, "classifier" if record.defense == "none" else "defended model")
+        top -= _height(row, arrays)
         sheet.text(_LEFT - 0.08, top + _SIDE / 2, label, fontsize=_FONT + 1, ha="right", va="center")
         for column, image in enumerate(images):
             left = _LEFT + column * _PITCH
             _draw(sheet, image, left, top)
-            if predictions is not None:
-                truth, said = int(arrays["picture_label"][column]), int(predictions[column])
+            if said_by is not None:
+                truth = int(arrays["picture_label"][column])
+                said = int(arrays[f"picture_{said_by}prediction"][column])
                 name = _name(names, said)
                 mark, color = (" ✓", BLUE) if said == truth else (" ✗", VERMILLION)
                 if name == "rejected":  # neither right nor wrong
                     mark, color = "", REJECTED
                 middle, above = left + _SIDE / 2, top + _SIDE + 0.03
-                sheet.text(middle, above, f"{name}{mark}", fontsize=_FONT, color=color, ha="center", va="baseline")
+                sure = arrays.get(f"picture_{said_by}confidence")
+                share = "" if sure is None else f"\n{100 * float(sure[column]):.0f} %"
+                look: dict[str, Any] = {"fontsize": _FONT, "color": color, "ha": "center", "linespacing": 1.0}
+                sheet.text(middle, above, f"{name}{mark}{share}", va="bottom" if share else "baseline", **look)
     return top
 
 
-def _content(row: str, arrays: Mapping[str, Any], model: str) -> tuple[Any, Any, str]:
-    """Images of a row, the predictions to put over them, and what the row is called."""
+def _content(row: str, arrays: Mapping[str, Any], model: str) -> tuple[Any, str | None, str]:
+    """Images of a row, whose predictions to put over them, and what the row is called."""
     if row == "clean":
-        return arrays["clean"], arrays["picture_clean_prediction"], f"clean\n({model})"
+        return arrays["clean"], "clean_", f"clean\n({model})"
     if row == "purified":
-        return arrays["purified"], arrays["picture_prediction"], f"purified\n({model})"
+        return arrays["purified"], "", f"purified\n({model})"
     if row == "change":
         change = arrays["adversarial"] - arrays["clean"]
         scale = 0.4 / max(float(abs(change).max()), 1e-6)
@@ -128,8 +147,8 @@ def _content(row: str, arrays: Mapping[str, Any], model: str) -> tuple[Any, Any,
     # Over the adversarial image of a purifier stands what the bare classifier says, since the defended
     # model's word belongs to the purified one. Any other defense answers for the adversarial image itself.
     if "purified" in _rows(arrays):
-        return arrays["adversarial"], arrays["picture_bare_prediction"], "adversarial\n(bare classifier)"
-    return arrays["adversarial"], arrays["picture_prediction"], f"adversarial\n({model})"
+        return arrays["adversarial"], "bare_", "adversarial\n(bare classifier)"
+    return arrays["adversarial"], "", f"adversarial\n({model})"
 
 
 def _draw(sheet: Any, image: NDArray[np.float32], left: float, foot: float) -> None:

@@ -14,6 +14,7 @@ from src.tables import format_eps
 
 _NEEDED = ("clean", "adversarial", "picture_label", "picture_prediction", "class_names")
 _SHOWN = 8
+AIMS = (("untargeted", False), ("targeted", True))
 
 
 def groups(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -53,7 +54,11 @@ def side_by_side(cells: Sequence[Record], files: Mapping[str, Path], path: Path)
         axes = figure.subplots(len(rows) + 1, len(clean), squeeze=False)
         _row(axes[0], "clean", clean)
         for line, (record, arrays), change in zip(axes[1:], rows, changes, strict=True):
-            _row(line, f"{record.attack}\nε = {format_eps(record.eps)}", 0.5 + scale * change)
+            _row(
+                line,
+                f"{record.attack}{' targeted' if record.targeted else ''}\nε = {format_eps(record.eps)}",
+                0.5 + scale * change,
+            )
             names = arrays["class_names"]
             for axis, size, said, truth in zip(
                 line, distance(change, record.norm), arrays["picture_prediction"], arrays["picture_label"], strict=False
@@ -63,10 +68,11 @@ def side_by_side(cells: Sequence[Record], files: Mapping[str, Path], path: Path)
                     color, word = REJECTED, "\nrejected"
                 axis.set_title(f"{size:.3g}{word}", fontsize=FONT, color=color, pad=2)
         first = rows[0][0]
+        aims = " and ".join(aim for aim, is_so in AIMS if any(record.targeted == is_so for record, _ in rows))
         text = (
             f"n = {len(clean)} images of {first.dataset}, {first.classifier}, defense {first.defense}. Threat model: "
-            f"{first.norm}, {first.access}.\nChange x{scale:.3g}, grey = 0; above it its {first.norm} size: orange "
-            "where the defended model is wrong, blue where it is right, grey where it rejects."
+            f"{aims}, {first.norm}, {first.access}.\nChange x{scale:.3g}, grey = 0; above it its {first.norm} size: "
+            "orange where the defended model is wrong, blue where it is right, grey where it rejects."
         )
         figure.supxlabel(text, x=0.01, ha="left", fontsize=FONT, color="#333333")
         return save_figure(figure, path)
