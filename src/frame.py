@@ -20,6 +20,11 @@ from src.records import Record
 if TYPE_CHECKING:
     import xarray
 
+# Shares whose interval no record holds: it follows from their counts.
+_SHARES = (
+    "clean_accuracy", "clean_accuracy_defended", "robust_accuracy_bare", "detection_tpr", "clean_rejected",
+    "accepted_wrong",
+)  # fmt: skip
 # Types are stated, not inferred: a sweep whose cells all failed still gives columns of numbers.
 _SCHEMA = (
     ("str", "dataset classifier defense attack norm"),
@@ -42,13 +47,15 @@ _SCHEMA = (
     ),
     ("bool", "unreliable"),
     ("float64", "defense_memory_mib"),
+    ("float64", " ".join(f"{name}_low {name}_high" for name in _SHARES)),
 )
 _DTYPES = {name: dtype for dtype, names in _SCHEMA for name in names.split()}
 COLUMNS = tuple(_DTYPES)
 # What an attack left: of an unreliable cell programs get the numbers and the column `unreliable`, people the word.
 ATTACKED = (
-    "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high", "robust_accuracy_bare", "attack_success_rate",
-    "accepted_wrong",
+    *(f"{name}{end}" for name in ("robust_accuracy", "robust_accuracy_bare", "accepted_wrong", "detection_tpr")
+      for end in ("", "_low", "_high")),
+    "attack_success_rate", "detection_auc",
 )  # fmt: skip
 DIMENSIONS = ("dataset", "classifier", "defense", "attack", "eps", "access", "seed")
 _FURTHER = ("norm", "targeted", "variant", "n")  # dimensions only where they differ
@@ -110,6 +117,10 @@ def to_frame(records: Iterable[Record]) -> Results:
 def _plain(record: Record, name: str) -> Any:
     if name == "unreliable":
         return record.status == "done" and unreliable(record.flags)
+    base, _, end = name.rpartition("_")
+    if base in _SHARES and end in ("low", "high"):
+        interval = record.interval(base)
+        return None if interval is None else interval[end == "high"]
     value = getattr(record, name)
     return ";".join(value) if isinstance(value, list) else value
 

@@ -104,6 +104,19 @@ class Record(BaseModel):
             self.eps, self.seed, self.targeted, self.variant,
         )  # fmt: skip
 
+    @property
+    def detection_n(self) -> int | None:
+        """Images that ``detection_tpr`` is a share of, by those that got past; None where none did: it is unknown."""
+        if self.detection_tpr is None or self.correct_defended is None or self.correct_attacked is None:
+            return None
+        missed = self.correct_defended - self.correct_attacked
+        return round(missed / (1 - self.detection_tpr)) if missed > 0 and self.detection_tpr < 1 else None
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """95 % Wilson interval of the share that the field ``name`` is; None where it is not known."""
+        share, n = getattr(self, name), self.detection_n if name == "detection_tpr" else self.n
+        return wilson(round(share * n), n) if share is not None and n else None
+
 
 @functools.cache  # scipy takes a millisecond; the same counts come again and again
 def wilson(successes: int, n: int) -> tuple[float, float]:

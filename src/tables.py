@@ -24,14 +24,10 @@ class Row:
     first: Record
     cells: dict[str, Record] = field(default_factory=dict)
 
-    def done(self, access: str) -> Record | None:
-        record = self.cells.get(access)
-        return record if record is not None and record.status == "done" else None
-
     def sound(self, access: str) -> Record | None:
         """A cell whose figure means what it says."""
-        record = self.done(access)
-        return None if record is None or unreliable(record.flags) else record
+        record = self.cells.get(access)
+        return record if record is not None and record.status == "done" and not unreliable(record.flags) else None
 
     @property
     def any_done(self) -> Record | None:
@@ -95,19 +91,27 @@ def percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _with_interval(value: float | None, low: float | None, high: float | None, separator: str = " ") -> str:
-    if value is None or low is None or high is None:
-        return percent(value)
-    return f"{percent(value)}{separator}[{percent(low)}, {percent(high)}]"
+def with_interval(value: float | None, low: float | None, high: float | None, separator: str = " ") -> str:
+    bounds = [percent(low), percent(high)]
+    return percent(value) if "-" in bounds else f"{percent(value)}{separator}[{', '.join(bounds)}]"
 
 
-def _accuracy(row: Row, access: str, separator: str) -> str:
+def _share(record: Record | None, name: str, separator: str) -> str:
+    if record is None:
+        return "-"
+    low, high = record.interval(name) or (None, None)
+    return with_interval(getattr(record, name), low, high, separator)
+
+
+def _clean(row: Row, name: str, separator: str) -> str:
+    return _share(row.any_done, name, separator)
+
+
+def _attacked(row: Row, access: str, name: str, separator: str) -> str:
     record = row.cells.get(access)
     if record is None or record.status == "failed":
         return "-" if record is None else "failed"
-    if unreliable(record.flags):
-        return "unreliable"
-    return _with_interval(record.robust_accuracy, record.robust_accuracy_low, record.robust_accuracy_high, separator)
+    return "unreliable" if unreliable(record.flags) else _share(record, name, separator)
 
 
 def _count(row: Row) -> str:
@@ -129,42 +133,43 @@ IDENTITY: tuple[Column, ...] = (
 def _measures(rows: Sequence[Row], separator: str = " ") -> list[Column]:
     known = ["gray_box", "white_box"]
     known += sorted({a for row in rows for a, r in row.cells.items() if r.status == "done"} - set(known))
-    done = [(row, row.any_done) for row in rows]
-    clean = {id(row): (percent(r.clean_accuracy), percent(r.clean_accuracy_defended)) for row, r in done if r}
     columns: list[Column] = [
         ("eps", lambda row: format_eps(row.first.eps)),
         ("n", _count),
-        ("clean bare", lambda row: clean.get(id(row), ("-", "-"))[0]),
-        ("clean defended", lambda row: clean.get(id(row), ("-", "-"))[1]),
-        ("robust bare", lambda row: _with_interval(*row.bare, separator) if row.bare else "-"),
+        ("clean bare", partial(_clean, name="clean_accuracy", separator=separator)),
+        ("clean defended", partial(_clean, name="clean_accuracy_defended", separator=separator)),
+        ("robust bare", lambda row: with_interval(*row.bare, separator) if row.bare else "-"),
     ]
-    columns += [(f"robust {a}", partial(_accuracy, access=a, separator=separator)) for a in known]
+    attacked = partial(_attacked, separator=separator)
+    columns += [(f"robust {a}", partial(attacked, access=a, name="robust_accuracy")) for a in known]
     columns.append(("gap (pp)", lambda row: percent(row.gap)))
     found = [r for row in rows for r in row.cells.values()]
     if any(r.clean_rejected is not None for r in found):
-        columns.append(("clean rejected", lambda row: percent(row.any_done.clean_rejected if row.any_done else None)))
-        columns += [(f"detected {a}", partial(_detected, access=a)) for a in known]
+        columns.append(("clean rejected", partial(_clean, name="clean_rejected", separator=separator)))
+        columns += [(f"detected {a}", partial(attacked, access=a, name="detection_tpr")) for a in known]
     if any(r.certified for r in found):
-        columns.append(("certified l2 0.5 / 1", _certified))
+        columns.append(("certified n", _certified_n))
+        columns += [(f"certified l2 {r}", partial(_certified, radius=r, separator=separator)) for r in ("0.5", "1")]
     return columns
 
 
-def _detected(row: Row, access: str) -> str:
-    record = row.done(access)
-    return percent(None if record is None else record.detection_tpr)
-
-
-def _certified(row: Row) -> str:
+def _certified_n(row: Row) -> str:
     record = row.any_done
-    if record is None or not record.certified:
+    return str(record.certified_n) if record is not None and record.certified else "-"
+
+
+def _certified(row: Row, radius: str, separator: str) -> str:
+    record = row.any_done
+    share = (record.certified or {}).get(radius) if record is not None else None
+    if record is None or share is None or not record.certified_n:
         return "-"
-    shares = " / ".join(percent(record.certified.get(radius)) for radius in ("0.5", "1"))
-    return f"{shares} (n={record.certified_n})"
+    return with_interval(share, *store.wilson(round(share * record.certified_n), record.certified_n), separator)
 
 
 _ON_REJECTION = (
     "A defense that detects has held an attacked image it rejects, but not one whose clean version it rejects "
     "(`clean rejected`); `detected` is the share rejected of the attacked images that the classifier gets wrong. "
+    "How many those are is not known where all were rejected, so 100 has no interval. "
 )
 
 
@@ -231,8 +236,8 @@ def text_columns(rows: Sequence[Row], separator: str = " ") -> dict[str, list[st
 def shared(cells: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Split columns into those that say the same in every row and those worth showing."""
     same: dict[str, str] = {}
-    for name in [name for name, _ in IDENTITY] + ["n"]:
-        values = set(cells[name]) - {"-"}  # a failed row has no n, which is no news
+    for name in [name for name, _ in IDENTITY] + ["n", "clean bare"]:
+        values = set(cells[name]) - {"-"}  # a failed row has none, which is no news
         if len(values) == 1:
             same[name] = values.pop()
     return same, {n: v for n, v in cells.items() if n not in same and (n != "notes" or any(v))}

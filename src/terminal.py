@@ -52,7 +52,7 @@ def print_table(records: Iterable[Record], console: Console | None = None) -> No
         console.width = width
     for number, note in enumerate(notes, start=1):
         console.print(Text(f"note {number}: {note}"), soft_wrap=True)
-    console.print(Text("Robust accuracy in % with its 95 % interval; gap = gray_box - white_box."), soft_wrap=True)
+    console.print(Text("Accuracies in % with their 95 % intervals; gap = gray_box - white_box."), soft_wrap=True)
 
 
 def _header(name: str) -> str:

@@ -129,6 +129,7 @@ def test_in_a_browser(browser: Any, path: Path, width: int) -> None:
     first = [float(text.split()[0]) for text in shown(sheet, "robust") if text != "failed"]
     assert first == sorted(first)
     assert first[0] == 7.0
+    assert "95.0 [88.8, 97.8]" in shown(sheet, "clean")
     head.click()
     assert float(shown(sheet, "robust")[0].split()[0]) == 60.0
 

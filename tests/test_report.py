@@ -142,6 +142,8 @@ def test_markdown_says_how_to_read_it(tmp_path: Path) -> None:
     text = tables.write_markdown([*pair(8 / 255), *pair(math.inf)], tmp_path / "r.md").read_text()
     for fact in ("8/255", "inf", "25.0", "100 test images", "95 %", "pgd (untargeted, linf)", "2026-01-31"):
         assert fact in text
+    for interval in ("97.0 [91.5, 99.0]", "95.0 [88.8, 97.8]", "20.0 [13.3, 28.9]"):
+        assert text.count(interval) == 2
 
 
 @pytest.mark.parametrize(("width", "terminal"), [(40, False), (40, True), (100, True), (120, True), (200, True)])
@@ -408,11 +410,13 @@ def test_a_job_that_died_and_a_broken_record_are_noticed(tmp_path: Path) -> None
 
 
 def test_tables_show_what_a_detector_rejects_and_what_is_certified() -> None:
-    known = {"clean_rejected": 0.04, "detection_tpr": 0.9, "certified_n": 50, "certified": {"0.5": 0.8, "1": 0.25}}
-    rows = tables.side_by_side([cell(**known), cell(access="white_box", **known | {"detection_tpr": 0.1})])
+    known = {"clean_rejected": 0.04, "detection_tpr": 0.5, "certified_n": 50, "certified": {"0.5": 0.8, "1": 0.24}}
+    rows = tables.side_by_side([cell(**known), cell(0.1, "white_box", 35, **known | {"detection_tpr": 0.25})])
     shown = {name: value(rows[0]) for name, value in tables._measures(rows)}
-    assert shown["clean rejected"] == "4.0"
-    assert (shown["detected gray_box"], shown["detected white_box"]) == ("90.0", "10.0")
-    assert shown["certified l2 0.5 / 1"] == "80.0 / 25.0 (n=50)"
+    assert shown["clean rejected"] == "4.0 [1.6, 9.8]"
+    # 35 and 60 images were lost: a half and three quarters of those that the classifier got wrong
+    assert (shown["detected gray_box"], shown["detected white_box"]) == ("50.0 [38.6, 61.4]", "25.0 [16.8, 35.5]")
+    assert shown["certified n"] == "50"
+    assert (shown["certified l2 0.5"], shown["certified l2 1"]) == ("80.0 [67.0, 88.8]", "24.0 [14.3, 37.4]")
     plain = tables.side_by_side([cell()])
-    assert not {"clean rejected", "certified l2 0.5 / 1"} & {name for name, _ in tables._measures(plain)}
+    assert not {"clean rejected", "certified n", "certified l2 1"} & {name for name, _ in tables._measures(plain)}

@@ -136,6 +136,24 @@ def test_parquet_is_the_csv_with_types(tmp_path: Path) -> None:
     assert found["seed"].dtype == "int64"
 
 
+def test_every_share_has_its_interval_from_its_own_count() -> None:
+    known = {"clean_rejected": 0.04, "accepted_wrong": 0.3, "detection_tpr": 0.5, "correct_defended": 95}
+    all_rejected = {"detection_tpr": 1.0, "correct_attacked": 95}
+    old = cell(0.3, clean_accuracy=None, correct_attacked_bare=None)
+    cells = [cell(0.1, robust_accuracy_bare=0.2, **known), cell(0.2, **known | all_rejected), old]
+    table = frame.to_frame(cells)
+
+    def bounds(name: str, place: int = 0) -> tuple[float, ...]:
+        return tuple(table.loc[place, [f"{name}_low", f"{name}_high"]])
+
+    counts = {"clean_accuracy": 97, "clean_accuracy_defended": 95, "robust_accuracy": 60, "robust_accuracy_bare": 20,
+              "clean_rejected": 4, "accepted_wrong": 30}  # fmt: skip
+    assert {name: bounds(name) for name in counts} == {name: store.wilson(n, 100) for name, n in counts.items()}
+    assert bounds("detection_tpr") == store.wilson(35, 70), "35 of those it is a share of were lost"
+    assert np.isnan(bounds("detection_tpr", 1)).all(), "of how many all were rejected is not known"
+    assert np.isnan([*bounds("clean_accuracy", 2), *bounds("robust_accuracy_bare", 2)]).all()
+
+
 # --- pivot and LaTeX --------------------------------------------------------------------------------------------
 
 
@@ -149,9 +167,11 @@ def test_pivot_by_any_keys() -> None:
     table = pivot.pivot(many(), ["defense", "eps"], ["attack", "access"])
     assert table.index.tolist() == [("none", "8/255"), ("vae", "8/255")]
     assert table.columns.tolist() == [(a, b) for a in ("fgsm", "pgd") for b in ("gray_box", "white_box")]
-    assert table.loc[("vae", "8/255"), ("pgd", "white_box")] == "35.0"
+    assert table.loc[("vae", "8/255"), ("pgd", "white_box")] == "35.0 [26.4, 44.7]"
     one = pivot.pivot(pivot.select(many(), ["attack=pgd", "access=gray_box", "eps=8/255"]), ["defense"], [], "n")
     assert one["n"].tolist() == ["100", "100"]
+    clean = pivot.pivot(many(), ["defense"], ["attack", "access"], "clean_accuracy")
+    assert set(clean.loc["vae"]) == {"97.0 [91.5, 99.0]"}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +205,8 @@ def test_pivot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_latex_is_booktabs_and_escapes(tmp_path: Path) -> None:
     cells = [r for e in (0.1, 0.2) for r in pair(e, defense="a_b%")]
     text = latex.write_latex(cells, tmp_path / "r.tex").read_text()
-    for part in ("\\toprule", "\\midrule", "\\bottomrule", "robust gray\\_box", "60.0 {\\scriptsize [50.2, 69.1]}"):
+    for part in ("\\toprule", "\\midrule", "\\bottomrule", "robust gray\\_box", "60.0 {\\scriptsize [50.2, 69.1]}",
+                 "95.0 {\\scriptsize [88.8, 97.8]}", "clean bare 97.0 [91.5, 99.0]"):  # fmt: skip
         assert part in text
     assert "defense a\\_b\\%" in text, "what all rows share stands in the caption"
     assert text.count("{") == text.count("}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from src import frame
+from src import frame, tables
 from src.analysis import cost, curves, points
 from src.records import Record
 from src.report import comparison, latex, page, pivot
@@ -97,10 +97,25 @@ def test_programs_get_the_number_and_a_column_people_the_word() -> None:
 
 def test_pivot(tmp_path: Path) -> None:
     table = frame.to_frame(three())
-    assert pivot.pivot(table, ["eps"], ["access"]).loc["0.2"].tolist() == ["60.0", "unreliable"]
-    assert pivot.pivot(table, ["eps"], ["access"], "clean_accuracy").loc["0.2"].tolist() == ["97.0", "97.0"]
+    assert pivot.pivot(table, ["eps"], ["access"]).loc["0.2"].tolist() == ["60.0 [50.2, 69.1]", "unreliable"]
+    assert pivot.pivot(table, ["eps"], ["access"], "clean_accuracy").loc["0.2"].tolist() == ["97.0 [91.5, 99.0]"] * 2
     one = pivot.pivot(table[table["access"] == "white_box"], ["eps"], [])
-    assert one["robust_accuracy"].tolist() == ["35.0", "unreliable", "35.0"]
+    assert one["robust_accuracy"].tolist() == ["35.0 [26.4, 44.7]", "unreliable", "35.0 [26.4, 44.7]"]
+
+
+def test_detection_figures_go_with_the_cell() -> None:
+    known = {"clean_rejected": 0.04, "detection_tpr": 0.5, "detection_auc": 0.75, "accepted_wrong": 0.3}
+    cells = [doubt(cell(**known)), cell(access="white_box", **known)]
+    rows = tables.side_by_side(cells)
+    shown = {name: value(rows[0]) for name, value in tables._measures(rows)}
+    assert [shown[f"detected {access}"] for access in ("gray_box", "white_box")] == ["unreliable", "50.0 [38.6, 61.4]"]
+    assert shown["clean rejected"] == "4.0 [1.6, 9.8]"
+    table = frame.to_frame(cells)
+    for name, sound in (("detection_tpr", "50.0 [38.6, 61.4]"), ("detection_auc", "0.75")):
+        assert pivot.pivot(table, ["eps"], ["access"], name).loc["0.1"].tolist() == ["unreliable", sound]
+    people = frame.shown(table).iloc[0]
+    assert people[["detection_tpr", "detection_tpr_low", "detection_auc", "accepted_wrong_high"]].isna().all()
+    assert people["clean_rejected"] == 0.04
 
 
 def test_comparisons_take_sound_cells_only(tmp_path: Path) -> None:

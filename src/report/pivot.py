@@ -10,7 +10,7 @@ from src import records as store
 from src.errors import UserError
 from src.frame import ATTACKED
 from src.report.latex import latex
-from src.tables import format_eps, percent
+from src.tables import format_eps, percent, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,8 +47,8 @@ def select(table: pd.DataFrame, where: Sequence[str]) -> pd.DataFrame:
 def pivot(
     table: pd.DataFrame, rows: Sequence[str], cols: Sequence[str], value: str = "robust_accuracy"
 ) -> pd.DataFrame:
-    """One figure a place, as text: accuracies in percent, ``-`` where nothing was measured, ``unreliable`` where a
-    decisive check was raised.
+    """One figure a place, as text: accuracies in percent with their interval, ``-`` where nothing was measured,
+    ``unreliable`` where a decisive check was raised.
 
     Raises:
         UserError: an unknown key or column, or two cells in one place (they are never averaged).
@@ -70,8 +70,12 @@ def pivot(
             f"--rows {','.join(rows)} --cols {','.join(cols)}: several cells in one place, which differ in "
             f"{', '.join(apart)}; figures are never averaged. Add it to --rows or --cols, or pick with --where"
         )
-    share = value.endswith(("accuracy", "_low", "_high", "_rate", "_rejected", "_wrong", "_tpr", "_bare", "_defended"))
-    texts = done[value].map(percent if share else lambda number: "-" if number != number else f"{number:.4g}")
+    if (bounds := [f"{value}_low", f"{value}_high"])[0] in table.columns:
+        texts = done[[value, *bounds]].apply(lambda row: with_interval(*row), axis=1)
+    elif value.endswith(("_low", "_high", "_rate")):
+        texts = done[value].map(percent)
+    else:
+        texts = done[value].map(lambda number: "-" if number != number else f"{number:.4g}")
     done[value] = texts.mask(done["unreliable"], "unreliable") if value in ATTACKED else texts
     whole = done.set_index(places)[value].unstack(list(cols)) if cols else done.set_index(places)[[value]]
     whole = whole.sort_index(axis=0).sort_index(axis=1)

@@ -33,8 +33,8 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("aim", "word", "Targeted attacks have to reach a class drawn for them."),
     ("variant", "word", "Overrides that the other columns do not show."),
     ("n", "count", "Images judged, each counted once."),
-    ("clean bare", "share", "Accuracy of the bare classifier on clean images, %."),
-    ("clean", "share", "Accuracy of the defended model on clean images, %."),
+    ("clean bare", "share", "Accuracy of the bare classifier on clean images, %, with its 95 % Wilson interval."),
+    ("clean", "share", "Accuracy of the defended model on clean images, %, with its 95 % Wilson interval."),
     ("robust", "share", "Accuracy of the defended model on attacked images, %, with its 95 % Wilson interval; "
      "unreliable: a decisive sanity check was raised, see flags."),
     ("gap", "number", "gray_box minus white_box in percentage points: what is gone once the attacker knows the "

@@ -35,7 +35,7 @@ def specs(accesses: list[str]) -> dict[str, _Spec]:
         "clean_robust": _scatter(
             _field("clean", "clean accuracy, defended (%)", **_PERCENT),
             _field("robust", "robust accuracy (%)", **_PERCENT),
-            [("clean", "clean"), ("robust", "robust_text")],
+            [("clean", "clean_text"), ("robust", "robust_text")],
             by_access=True,
         ),
         "cost": _scatter(

@@ -23,7 +23,12 @@ document.getElementById("same").textContent = same.length ? `In every row: ${sam
 const short = (number) => (Math.abs(number) >= 1000 || (number !== 0 && Math.abs(number) < 0.001) ? number.toExponential(1) : String(+number.toPrecision(3)));
 const percent = (number) => (number === null ? "–" : number.toFixed(1));
 const chip = (flag) => `<span class="flag" tabindex="0" data-tip="${escape(flags[flag] ?? "")}">${escape(flag)}</span>`;
-const robustText = (row) => row.unreliable.length ? "unreliable" : `${percent(value(row, "robust"))} [${percent(row.low)}, ${percent(row.high)}]`;
+const accuracies = ["clean bare", "clean", "robust"];
+const between = (row, name) => {
+  const [low, high] = name === "robust" ? [row.low, row.high] : wilson(value(row, name), value(row, "n"));
+  return `[${percent(low)}, ${percent(high)}]`;
+};
+const figure = (row, name) => name === "robust" && row.unreliable.length ? "unreliable" : value(row, name) === null ? "–" : `${percent(value(row, name))} ${between(row, name)}`;
 
 function shown(row, column, place) {
   const cell = row.c[place];
@@ -32,7 +37,7 @@ function shown(row, column, place) {
   if (column.name === "robust" && row.failed) return `<span tabindex="0" data-tip="${escape(row.why)}">failed</span>`;
   if (column.name === "robust" && row.unreliable.length) return `<span class="unreliable" tabindex="0" data-tip="${escape(row.unreliable.map((flag) => `${flag}: ${flags[flag] ?? ""}`).join(" "))}">unreliable</span>`;
   if (cell === null) return "–";
-  if (column.name === "robust") return `${percent(cell)} <span class="interval">[${percent(row.low)}, ${percent(row.high)}]</span>`;
+  if (accuracies.includes(column.name)) return `${percent(cell)} <span class="interval">${between(row, column.name)}</span>`;
   if (column.kind === "share") return percent(cell);
   if (column.name === "gap") return cell.toFixed(1);
   return column.kind === "number" ? short(cell) : escape(cell);
@@ -194,10 +199,10 @@ function lines(cells) {
     if (!started.has(series) && value(row, "clean") !== null) {
       started.add(series);
       const [low, high] = wilson(value(row, "clean"), n);
-      points.push({ ...common, x: 0, eps: "0 (clean)", accuracy: value(row, "clean"), hollow: null, low, high, flags: "", text: `${percent(value(row, "clean"))} [${percent(low)}, ${percent(high)}]` });
+      points.push({ ...common, x: 0, eps: "0 (clean)", accuracy: value(row, "clean"), hollow: null, low, high, flags: "", text: figure(row, "clean") });
     }
     // An infinite eps is not joined to the line; what is unreliable leaves a gap in it.
-    points.push({ ...common, path: eps === Infinity ? `${series} infinite` : series, x: eps === Infinity ? edge * 1.2 : eps, eps: row.eps, accuracy: value(row, "robust"), hollow: row.hollow, low: row.low, high: row.high, flags: value(row, "flags").join(", "), text: robustText(row) });
+    points.push({ ...common, path: eps === Infinity ? `${series} infinite` : series, x: eps === Infinity ? edge * 1.2 : eps, eps: row.eps, accuracy: value(row, "robust"), hollow: row.hollow, low: row.low, high: row.high, flags: value(row, "flags").join(", "), text: figure(row, "robust") });
   }
   const ticks = [0, ...new Set(radii), ...(infinite ? [edge * 1.2] : [])].sort((a, b) => a - b);
   return { points, ticks, edge: infinite ? edge : 0 };
@@ -230,9 +235,9 @@ async function drawScatters(all) {
   }
   const both = [...pairs.values()].filter((pair) => pair.gray_box && pair.white_box);
   await show("gray_white", both.map(({ gray_box: gray, white_box: white }) => ({
-    ...common(white), gray: value(gray, "robust"), white: value(white, "robust"), gray_text: robustText(gray), white_text: robustText(white), gap: (value(gray, "robust") - value(white, "robust")).toFixed(1),
+    ...common(white), gray: value(gray, "robust"), white: value(white, "robust"), gray_text: figure(gray, "robust"), white_text: figure(white, "robust"), gap: (value(gray, "robust") - value(white, "robust")).toFixed(1),
   })));
-  const each = left.map((row) => ({ ...common(row), clean: value(row, "clean"), robust: value(row, "robust"), robust_text: robustText(row), cost: value(row, "defense ms"), attack_ms: value(row, "attack ms"), memory: value(row, "memory MiB") }));
+  const each = left.map((row) => ({ ...common(row), clean: value(row, "clean"), robust: value(row, "robust"), clean_text: figure(row, "clean"), robust_text: figure(row, "robust"), cost: value(row, "defense ms"), attack_ms: value(row, "attack ms"), memory: value(row, "memory MiB") }));
   await show("clean_robust", each);
   const timed = each.filter((row) => row.cost > 0);
   const sizes = timed.map((row) => row.memory).filter((memory) => memory > 0);
