@@ -111,13 +111,16 @@ class OverSeeds:
     spread: float
 
 
+def but_for_the_seed(record: Record) -> tuple[object, ...]:
+    return *record.model_copy(update={"seed": 0}).gap_key, record.access
+
+
 def over_seeds(records: Iterable[Record]) -> list[OverSeeds]:
     """Mean robust accuracy and its interval of every cell that was measured with two seeds or more."""
     groups: dict[tuple[object, ...], dict[int, Record]] = {}
     for record in sorted(records, key=store.order):
         if record.status == "done" and record.robust_accuracy is not None:
-            alike = record.model_copy(update={"seed": 0}).gap_key
-            groups.setdefault((*alike, record.access), {}).setdefault(record.seed, record)
+            groups.setdefault(but_for_the_seed(record), {}).setdefault(record.seed, record)
     return [_over(list(group.values())) for group in groups.values() if len(group) > 1]
 
 

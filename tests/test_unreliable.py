@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from src import frame, tables
+from src import frame, sidecars, tables
+from src import records as store
 from src.analysis import cost, curves, points
 from src.records import Record
 from src.report import comparison, latex, page, pivot
@@ -123,7 +125,24 @@ def test_comparisons_take_sound_cells_only(tmp_path: Path) -> None:
     text = comparison.to_markdown([*seeds[:2], doubt(seeds[2])], {})
     row = [field.strip() for field in text.splitlines()[4].split("|")]
     assert row[7:10] == ["vae", "2", "55.0"]
-    assert comparison.to_markdown([doubt(r) for r in seeds], {}) == ""
+    said = "Left out as unreliable: digits lenet pgd linf 0.1 gray_box vae seed"
+    assert text.endswith(f"\n\n{said} 2.\n")
+    none = comparison.to_markdown([doubt(r) for r in seeds], {})
+    assert said in none
+    assert "|" not in none
+    alone = doubt(cell(0.2, seed=3))
+    assert "0.2" not in comparison.to_markdown([*seeds, alone], {}), "with nothing to compare it with"
+
+
+def test_defenses_are_compared_without_the_doubtful_and_it_is_said(tmp_path: Path) -> None:
+    cells = [cell(right=right, defense=name, key=name) for name, right in (("vae", 60), ("jpeg", 30), ("none", 90))]
+    for record in cells:
+        held = np.arange(100) < 100 * (record.robust_accuracy or 0)
+        store.save_sidecar(tmp_path / f"{record.key}.npz", {"held": held})
+    text = comparison.to_markdown([*cells[:2], doubt(cells[2])], sidecars.find([tmp_path]))
+    (row,) = [line for line in text.splitlines() if line.startswith("| digits")]
+    assert [field.strip() for field in row.split("|")][7:10] == ["vae", "jpeg", "30.0"]
+    assert "Left out as unreliable: digits lenet pgd linf 0.1 gray_box none seed 0." in text
 
 
 def test_wandb_shows_a_gap_and_the_word() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,7 +16,7 @@ from src import records as store
 from src.checks.flags import unreliable
 from src.records import Record
 from src.tables import format_eps, percent
-from src.uncertainty import Paired, over_seeds, paired
+from src.uncertainty import Paired, but_for_the_seed, over_seeds, paired
 from src.worst import variant_of
 
 
@@ -38,11 +39,7 @@ def against_best(records: Iterable[Record], held: Mapping[str, ArrayLike]) -> li
     groups: dict[tuple[object, ...], list[Record]] = {}
     for record in sorted(records, key=store.order):
         if record.status == "done" and record.key in held:
-            same = (
-                record.dataset, record.stages.get("data"), record.n, record.classifier, record.attack,
-                variant_of(record, attack=True), record.norm, record.eps, record.access, record.targeted, record.seed,
-            )  # fmt: skip
-            groups.setdefault(same, []).append(record)
+            groups.setdefault(_but_for_the_defense(record), []).append(record)
     found = []
     for group in groups.values():
         best = max(group, key=lambda record: record.robust_accuracy or 0.0)
@@ -52,6 +49,13 @@ def against_best(records: Iterable[Record], held: Mapping[str, ArrayLike]) -> li
             if _model(other) != _model(best)
         ]
     return found
+
+
+def _but_for_the_defense(record: Record) -> tuple[object, ...]:
+    return (
+        record.dataset, record.stages.get("data"), record.n, record.classifier, record.attack,
+        variant_of(record, attack=True), record.norm, record.eps, record.access, record.targeted, record.seed,
+    )  # fmt: skip
 
 
 def _model(record: Record) -> tuple[object, ...]:
@@ -75,11 +79,13 @@ def read_held(records: Iterable[Record], files: Mapping[str, Path]) -> dict[str,
 def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
     """The sections of results.md over seeds and between defenses; empty where there is nothing to say.
 
-    Cells that are unreliable have no part in them.
+    Cells that are unreliable have no part in them; each section names those that it leaves out.
     """
     from tabulate import tabulate
 
-    records = [record for record in records if not unreliable(record.flags)]
+    done = [record for record in records if record.status == "done"]
+    records = [record for record in done if not unreliable(record.flags)]
+    held = read_held(done, files)
 
     def about(record: Record) -> list[str]:
         return [record.dataset, record.classifier, record.attack, record.norm, format_eps(record.eps), record.access]
@@ -90,47 +96,59 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
     def between(low: float, high: float) -> str:
         return f"[{percent(low)}, {percent(high)}]"
 
+    def section(title: str, head: list[str], rows: list[list[str]], text: str, without: Iterable[Record]) -> str:
+        left = [f"{' '.join(about(r))} {name(r)} seed {r.seed}" for r in without if unreliable(r.flags)]
+        told = [f"## {title}"]
+        if rows:
+            told += [tabulate(rows, [*heads, *head], tablefmt="pipe", disable_numparse=True), text]
+        if left:
+            told.append(f"Left out as unreliable: {'; '.join(left)}.")
+        return "\n\n".join(told) + "\n" if rows or left else ""
+
     heads = ["dataset", "classifier", "attack", "norm", "eps", "access"]
-    parts = []
-    if seeds := over_seeds(records):
-        rows = [
-            [*about(each.first), name(each.first), each.seeds, percent(each.mean), between(each.low, each.high),
+    seeds = section(
+        "Over seeds",
+        ["defense", "seeds", "mean", "95 % interval", "sd"],
+        [
+            [*about(each.first), name(each.first), str(each.seeds), percent(each.mean), between(each.low, each.high),
              percent(each.spread)]
-            for each in seeds
-        ]  # fmt: skip
-        head = [*heads, "defense", "seeds", "mean", "95 % interval", "sd"]
-        parts.append(
-            "## Over seeds\n\n"
-            + tabulate(rows, head, tablefmt="pipe", disable_numparse=True)
-            + "\n\nMean robust accuracy"
-            " over the seeds in %, its interval by Student's t, and the standard deviation between seeds: how much the "
-            "figure depends on the training and on the attack's random numbers.\n"
-        )
-    if drawn := [record for record in records if record.robust_accuracy_redraws]:
-        rows = []
-        for record in drawn:
-            values = [record.robust_accuracy or 0.0, *record.robust_accuracy_redraws]
-            rows.append(
-                [*about(record), name(record), len(values), percent(mean(values)), percent(stdev(values)),
-                 f"{percent(min(values))} to {percent(max(values))}"]
-            )  # fmt: skip
-        head = [*heads, "defense", "draws", "mean", "sd", "least to most"]
-        parts.append(
-            "## Over redraws\n\n" + tabulate(rows, head, tablefmt="pipe", disable_numparse=True) + "\n\nRobust accuracy"
-            " in % of a stochastic defense on the same attacked images, drawn again.\n"
-        )
-    if pairs := against_best(records, read_held(records, files)):
-        rows = [
+            for each in over_seeds(records)
+        ],
+        "Mean robust accuracy over the seeds in %, its interval by Student's t, and the standard deviation between "
+        "seeds: how much the figure depends on the training and on the attack's random numbers.",
+        _several(done, but_for_the_seed),
+    )  # fmt: skip
+    drawn = [record for record in done if record.robust_accuracy_redraws]
+    values = [[r.robust_accuracy or 0.0, *r.robust_accuracy_redraws] for r in drawn]
+    redraws = section(
+        "Over redraws",
+        ["defense", "draws", "mean", "sd", "least to most"],
+        [
+            [*about(record), name(record), str(len(found)), percent(mean(found)), percent(stdev(found)),
+             f"{percent(min(found))} to {percent(max(found))}"]
+            for record, found in zip(drawn, values, strict=True) if not unreliable(record.flags)
+        ],
+        "Robust accuracy in % of a stochastic defense on the same attacked images, drawn again.",
+        drawn,
+    )  # fmt: skip
+    pairs = section(
+        "Defense against defense",
+        ["best", "against", "difference (pp)", "95 % interval", "images only one holds", "p"],
+        [
             [*about(each.best), name(each.best), name(each.other), percent(each.found.difference),
              between(each.found.low, each.found.high), f"{each.found.only_first} / {each.found.only_second}",
              f"{each.found.p:.2g}"]
-            for each in pairs
-        ]  # fmt: skip
-        head = [*heads, "best", "against", "difference (pp)", "95 % interval", "images only one holds", "p"]
-        parts.append(
-            "## Defense against defense\n\n" + tabulate(rows, head, tablefmt="pipe", disable_numparse=True) + "\n\nThe "
-            "best defense of each threat model against the others, image by image: difference in robust accuracy with "
-            "its paired interval (Newcombe), the images that only one of them holds, and p of McNemar's "
-            "exact test. Neither accounts for the best having been chosen on the same images.\n"
-        )
-    return "\n".join(parts)
+            for each in against_best(records, held)
+        ],
+        "The best defense of each threat model against the others, image by image: difference in robust accuracy with "
+        "its paired interval (Newcombe), the images that only one of them holds, and p of McNemar's "
+        "exact test. Neither accounts for the best having been chosen on the same images.",
+        _several([record for record in done if record.key in held], _but_for_the_defense),
+    )  # fmt: skip
+    return "\n".join(filter(None, (seeds, redraws, pairs)))
+
+
+def _several(records: Sequence[Record], alike: Callable[[Record], tuple[object, ...]]) -> list[Record]:
+    """Those that have others to be compared with."""
+    counts = Counter(map(alike, records))
+    return [record for record in records if counts[alike(record)] > 1]
