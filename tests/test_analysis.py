@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from src import config, memory, sidecars
+from src import config, memory, records, report, sidecars
 from src.analyse import with_steps
 from src.analysis import (
     activations,
@@ -394,13 +394,34 @@ def test_a_job_draws_what_it_was_asked_for(command: Callable[..., Outcome]) -> N
     assert "analysis=distances" in wrong.error_lines[0]
 
 
-def test_cost_is_shown_at_the_largest_finite_eps_of_what_was_timed(tmp_path: Path) -> None:
+def test_cost_is_shown_at_the_one_eps_of_most_of_what_was_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
     timed = [cell(eps, defense_ms_per_image=2.0) for eps in (0.1, 0.3, float("inf"))]
-    assert [r.eps for r in cost.strongest([*timed, cell(0.5, defense="jpeg"), failed()])] == [0.3]
-    path = cost.cost_scatter(timed, tmp_path / "cost.png")
-    assert path is not None
+    timed += [cell(eps, right=40, defense="jpeg", defense_ms_per_image=3.0) for eps in (0.1, 0.3, 0.4)]
+    timed += [cell(0.3, "white_box", 20, defense_ms_per_image=2.0), cell(0.4, defense="magnet", defense_ms_per_image=9)]
+    (group,) = cost.figures([*timed, cell(0.5, defense="rbf"), failed()]).values()
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "save_figure", lambda figure, path: drawn.append(figure) or path)
+        cost.cost_scatter(group, tmp_path / "cost.png")
+    assert [line.get_ydata()[0] for line in drawn[0].axes[0].lines] == [40.0, 60.0, 20.0]
+    bars = [bar.get_segments()[0][:, 1] for bar in drawn[0].axes[0].collections]
+    assert bars[1] == pytest.approx([100 * bound for bound in records.wilson(60, 100)])
+    said = " ".join(drawn[0]._supxlabel.get_text().split())
+    assert "All at ε = 0.3." in said
+    assert "Left out as not measured at ε = 0.3: magnet pgd gray_box." in said
+    assert cost.figures([cell(), failed()]) == {}
+
+
+def test_cost_of_each_dataset_classifier_and_norm_is_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [cell(eps, dataset=name, defense_ms_per_image=2.0) for name, eps in (("digits", 0.1), ("cifar10", 0.3))]
+    (path,) = report._costs(cells[:1], tmp_path, (".png",))
+    assert path.name == "cost.png"
     assert is_drawn(path)
-    assert cost.cost_scatter([cell()], tmp_path / "none.png") is None
+    monkeypatch.setattr(cost, "save_figure", lambda _, path: path)
+    names = [path.name for path in report._costs(cells, tmp_path, (".png",))]
+    assert sorted(names) == ["cost_cifar10-lenet-linf.png", "cost_digits-lenet-linf.png"]
 
 
 def test_the_marker_grows_with_memory() -> None:

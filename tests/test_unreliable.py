@@ -82,6 +82,7 @@ def test_cost_leaves_it_out_and_says_so(figure: list[Any], tmp_path: Path) -> No
     cost.cost_scatter(cells, tmp_path / "c.png")
     assert [line.get_ydata()[0] for line in figure[0].axes[0].lines] == [60.0], "no smaller eps in its place"
     assert "Left out as unreliable: vae pgd white_box." in words(figure[0])
+    assert "All at ε = 0.3." in words(figure[0])
     assert cost.cost_scatter([doubt(r) for r in cells], tmp_path / "c.png") is None
 
 

@@ -56,7 +56,6 @@ def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path
 def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> list[Path]:
     """Everything the command line makes: tables in five formats with the worst cases, curves, pictures, report.html."""
     from src import frame, tables
-    from src.analysis.cost import cost_scatter
     from src.report import comparison, latex, page
     from src.worst import worst_cases
 
@@ -69,8 +68,8 @@ def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> 
         tables.write_markdown(rows, out / "results.md", comparison.to_markdown(cells, files)),
         latex.write_latex(rows, out / "results.tex"),
         *_curves(cells, out, (".png", ".pdf")),
+        *_costs(cells, out, (".png", ".pdf")),
     ]
-    paths += [path for path in (cost_scatter(cells, out / f"cost{kind}") for kind in (".png", ".pdf")) if path]
     pictures = [*_pictures(cells, files, out), *_side_by_side(cells, files, out)]
     return [*paths, *pictures, page.write_page(rows, out / "report.html", pictures)]
 
@@ -86,6 +85,18 @@ def _curves(cells: Sequence[Record], out: Path, kinds: Sequence[str]) -> list[Pa
         for name, group in groups.items()
         for kind in kinds
     ]
+
+
+def _costs(cells: Sequence[Record], out: Path, kinds: Sequence[str]) -> list[Path]:
+    from src.analysis import cost
+
+    groups = cost.figures(cells)
+    drawn = [
+        cost.cost_scatter(group, out / f"cost{f'_{name}' if len(groups) > 1 else ''}{kind}")
+        for name, group in groups.items()
+        for kind in kinds
+    ]
+    return [path for path in drawn if path is not None]
 
 
 def _pictures(cells: Sequence[Record], files: dict[str, Path], out: Path) -> list[Path]:
