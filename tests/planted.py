@@ -217,7 +217,7 @@ def cell(right: int, n: int = 359, **changes: Any) -> Record:
     known: dict[str, Any] = {
         "dataset": "digits", "classifier": "cnn3", "defense": "vae", "attack": "pgd", "norm": "linf", "eps": 0.1,
         "access": "white_box", "seed": 0, "n": n, "robust_accuracy": right / n, "robust_accuracy_low": low,
-        "robust_accuracy_high": high, "config": {"attack": {"steps": 40}},
+        "robust_accuracy_high": high, "backward_passes": 30.0, "config": {"attack": {"steps": 40}},
     } | changes  # fmt: skip
     return Record(**{"key": f"{right}{changes}"} | known)
 
@@ -267,7 +267,8 @@ class Fault:
 
 SHORT = PGD(steps=4, step=0.01)
 CLOSED = WorstCase(members={"pgd": PGD(), "square": Square()})
-FGSM_CELL = {"attack": "fgsm", "config": {"attack": {"steps": 1}}}
+FGSM_CELL = {"attack": "fgsm", "backward_passes": 1.0, "config": {"attack": {"steps": 1}}}
+NOISE_CELL = {"attack": "noise", "backward_passes": 0.0, "config": {}}
 
 SOUND: dict[str, Fault] = {
     "adversarially trained, PGD": Fault(lambda: seen(trained(), count=256)),
@@ -314,9 +315,7 @@ PLANTED: dict[str, Fault] = {
         lambda: side_by_side(cell(200), cell(150, access="gray_box")), ("weaker_access_stronger",)
     ),
     "FGSM cell does more harm": Fault(lambda: side_by_side(cell(200), cell(150, **FGSM_CELL)), ("one_step_stronger",)),
-    "noise cell does more harm": Fault(
-        lambda: side_by_side(cell(200), cell(150, attack="noise", config={})), ("noise_stronger",)
-    ),
+    "noise cell does more harm": Fault(lambda: side_by_side(cell(200), cell(150, **NOISE_CELL)), ("noise_stronger",)),
     "twenty images": Fault(lambda: {"few_images": wilson(10, 20)[1] - wilson(10, 20)[0]}, ("few_images",)),
     "threshold of attacked images": Fault(lambda: threshold(attacked=True), ("threshold_not_clean",)),
     "threshold by hand": Fault(lambda: threshold(by_hand=0.3), ("threshold_by_hand",)),

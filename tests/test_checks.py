@@ -31,7 +31,7 @@ from src.checks.look import Look
 from src.data.digits import Digits
 from src.threat import Norm, ThreatModel
 from tests.conftest import ROOT, Outcome
-from tests.planted import FGSM_CELL, LINF, PLANTED, SOUND, cell, seen, trained
+from tests.planted import FGSM_CELL, LINF, NOISE_CELL, PLANTED, SOUND, cell, seen, trained
 from tests.test_pipeline import QUIET, ok
 
 Command = Callable[..., Outcome]
@@ -182,7 +182,7 @@ def test_a_rise_of_a_few_images_is_left_to_chance(more: int, fewer: int, found: 
     [
         ({"eps": 0.05}, "accuracy_rises_with_eps"),
         (FGSM_CELL, "one_step_stronger"),
-        ({"attack": "noise", "config": {}}, "noise_stronger"),
+        (NOISE_CELL, "noise_stronger"),
     ],
 )
 def test_only_the_model_that_the_attack_saw_must_fall_further(other: dict[str, Any], flag: str) -> None:
@@ -195,8 +195,45 @@ def test_only_the_model_that_the_attack_saw_must_fall_further(other: dict[str, A
 
 
 def test_noise_is_compared_with_attacks_of_its_access() -> None:
-    noise = cell(150, attack="noise", config={}, access="black_box")
-    assert across([cell(200), noise])[0].flags == []
+    flags = [cell.flags for cell in across([cell(200), cell(150, **NOISE_CELL, access="black_box")])]
+    assert flags == [["weaker_access_stronger"], []]
+
+
+SQUARE_CELL = NOISE_CELL | {"attack": "square"}
+APGD_CELL = {"attack": "apgd", "config": {"attack": {"steps": 100}}}
+
+
+@pytest.mark.parametrize("access", ["black_box", "transfer", "gray_box", "white_box"])
+def test_no_attack_without_gradients_beats_many_steps_along_them(access: str) -> None:
+    """The classic sign of masked gradients, and black_box refuses the attack that it is seen beside."""
+    cells = across([cell(300), cell(50, **SQUARE_CELL, access=access)])
+    assert [c.flags for c in cells] == [["weaker_access_stronger"], []]
+    assert cells[0].checks["weaker_access_stronger"] == pytest.approx(250 / 359, abs=1e-6)
+
+
+@pytest.mark.parametrize("other", [APGD_CELL | {"access": "transfer"}, FGSM_CELL | {"access": "gray_box"}])
+def test_nor_does_an_attack_that_never_saw_the_model_or_took_one_step_without_its_defense(
+    other: dict[str, Any],
+) -> None:
+    assert across([cell(300), cell(250, **other)])[0].flags == ["weaker_access_stronger"]
+
+
+@pytest.mark.parametrize(
+    ("white", "other"),
+    [
+        (FGSM_CELL, {}),
+        (FGSM_CELL, SQUARE_CELL | {"access": "black_box"}),
+        (NOISE_CELL, SQUARE_CELL | {"access": "black_box"}),
+        (SQUARE_CELL, APGD_CELL | {"access": "transfer"}),
+        ({}, APGD_CELL),
+        ({}, APGD_CELL | {"access": "gray_box"}),
+        ({"norm": "l0"}, SQUARE_CELL | {"attack": "one_pixel", "access": "black_box", "norm": "l0"}),
+        ({"targeted": True}, SQUARE_CELL | {"access": "black_box", "targeted": True}),
+        ({}, SQUARE_CELL | {"access": "black_box", "eps": 0.2}),
+    ],
+)
+def test_a_better_search_is_no_sign_of_masked_gradients(white: dict[str, Any], other: dict[str, Any]) -> None:
+    assert [c.flags for c in across([cell(300, **white), cell(50, **other)])] == [[], []]
 
 
 def test_a_cell_that_fails_a_decisive_check_shows_unreliable(tmp_path: Path) -> None:
