@@ -83,8 +83,14 @@ class Probabilities(Net):
 class Random(Net):
     """Noise on the way that nobody declares."""
 
+    noise = 0.3
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + 0.3 * torch.randn_like(x))
+        return super().forward(x + self.noise * torch.randn_like(x))
+
+
+class LessRandom(Random):
+    noise = 0.12
 
 
 class Neighbours(Net):
@@ -199,14 +205,25 @@ def trained(kind: type[Net] = Net, *, adversarial: bool = True) -> Net:
 
 
 def seen(
-    model: nn.Module, attack: Attack = STRONG, threat: ThreatModel = LINF, *, count: int = 64, **declared: Any
+    model: nn.Module,
+    attack: Attack = STRONG,
+    threat: ThreatModel = LINF,
+    *,
+    target: nn.Module | None = None,
+    count: int = 64,
+    **declared: Any,
 ) -> dict[str, float]:
-    """Figures of all checks of a model under an attack, as a cell would have them with ``checks=full``."""
+    """Figures of all checks of a model under an attack, as a cell would have them with ``checks=full``.
+
+    Args:
+        target: what is attacked instead.
+    """
+    target = target or model
     batch = digits().test.batch(range(count))
     images, labels = to_float(batch["image"]), batch["label"]
-    made = attack(model, images, labels, threat)
+    made = attack(target, images, labels, threat)
     look = Look(
-        target=model, model=model, images=images, labels=labels, attacked=made.images, turned=made.success,
+        target=target, model=model, images=images, labels=labels, attacked=made.images, turned=made.success,
         attack=attack, threat=threat, **declared,
     )  # fmt: skip
     return probe.take(look, (*probe.ONCE, *probe.EACH), full=True)
@@ -291,6 +308,8 @@ PLANTED: dict[str, Fault] = {
     "saturated logits": Fault(lambda: seen(trained(Saturated)), ("logits_saturated",)),
     "softmax for logits": Fault(lambda: seen(trained(Probabilities)), ("softmax_as_logits",)),
     "random, undeclared": Fault(lambda: seen(trained(Random)), ("random_without_eot",)),
+    "random, undeclared, Square": Fault(lambda: seen(trained(LessRandom), Square(queries=30)), ("random_without_eot",)),
+    "random, undeclared, gray_box": Fault(lambda: seen(trained(LessRandom), target=trained()), ("redraws_disagree",)),
     "random, one draw": Fault(lambda: seen(trained(Random), stochastic=True, draws=20), ("redraws_disagree",)),
     "statistics over the batch": Fault(lambda: seen(trained(Neighbours)), ("batch_changes_verdict",)),
     "logits around 10,000": Fault(lambda: seen(trained(Offset)), ("bf16_changes_verdict",)),

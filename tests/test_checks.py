@@ -31,7 +31,7 @@ from src.checks.look import Look
 from src.data.digits import Digits
 from src.threat import Norm, ThreatModel
 from tests.conftest import ROOT, Outcome
-from tests.planted import FGSM_CELL, LINF, NOISE_CELL, PLANTED, SOUND, cell, seen, trained
+from tests.planted import FGSM_CELL, LINF, NOISE_CELL, PLANTED, SOUND, LessRandom, cell, seen, trained
 from tests.test_pipeline import QUIET, ok
 
 Command = Callable[..., Outcome]
@@ -97,6 +97,16 @@ def test_checks_leave_the_random_state_alone() -> None:
     model, state = trained(), torch.get_rng_state()
     seen(model, PGD(steps=2))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_declared_random_model_is_no_fault_of_an_attack_without_gradients() -> None:
+    """Nor is batch or bfloat16 asked of what nobody declares."""
+    declared = seen(trained(LessRandom), Square(queries=5), stochastic=True, count=32)
+    undeclared = seen(trained(LessRandom), Square(queries=5), count=32)
+    assert "random_without_eot" not in declared
+    assert set(undeclared) - set(declared) == {"random_without_eot"}
+    assert undeclared["random_without_eot"] == 1
+    assert "redraws_disagree" not in seen(trained(), Square(queries=5), count=32)
 
 
 class Linear(nn.Module):

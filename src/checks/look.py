@@ -14,6 +14,8 @@ from src.errors import UserError
 from src.keys import seed_of
 from src.threat import ThreatModel
 
+FEW = 16  # images on which the judged model is asked more often
+
 
 @dataclass(kw_only=True)
 class Look:
@@ -56,6 +58,17 @@ class Look:
     def seeded(self, draw: int = 0) -> None:
         """Set the global random state, so that a model which draws from it answers the same again."""
         torch.manual_seed(seed_of(self.seed, 2, draw))
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether the verdict varies from draw to draw: it is declared to, or two passes over a few images differ."""
+        if self.stochastic:
+            return True
+        with torch.no_grad():
+            self.seeded(0)
+            one = self.model(self.images[:FEW]).float()
+            self.seeded(1)
+            return bool(differ(one, self.model(self.images[:FEW]).float()).any())
 
     @property
     def members(self) -> list[Attack]:
@@ -102,6 +115,11 @@ class Look:
             except UserError:
                 return []
         return found
+
+
+def differ(one: Tensor, other: Tensor) -> Tensor:
+    """``(B,)`` which answers differ by more than the order of a sum may change."""
+    return ((one - other).abs() > 1e-4 * one.abs().amax(dim=1, keepdim=True) + 1e-6).any(dim=1)
 
 
 def members_of(attack: Attack, threat: ThreatModel) -> list[Attack]:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from src.attacks.gradients import cross_entropy, gradient, margin
-from src.checks.look import Look
+from src.checks.look import FEW, Look, differ
 
 SATURATED = -70.0  # log of the probability left to the other classes: e^-70 times a weight or two is lost in float32
 STEP = 5e-4  # of finite differences, in [0, 1] pixels: larger meets the kinks of ReLUs, smaller float32's rounding
-ALONE = 16  # images shown one by one
 DRAWS = 4
 POINTS = 8  # of a way, at which its gradient is taken
 
@@ -86,20 +85,23 @@ def softmax_as_logits(look: Look) -> float | None:
 
 @torch.no_grad()
 def random_without_eot(look: Look) -> float | None:
-    """Share of the images whose logits differ between two passes, where the attack takes one."""
+    """Share of the images whose logits differ between two passes, where the attack takes one.
+
+    An attack without gradients may where randomness is declared: it then goes on at images that one draw gets wrong.
+    """
     averaging = any(getattr(each, "eot_iter", 1) > 1 for each in look.members)
-    if not look.by_gradient or look.draws > 1 or averaging:
+    declared = look.stochastic and not look.by_gradient
+    if declared or look.draws > 1 or averaging:
         return None
-    look.seeded(0)
-    one = look.target(look.images).float()
+    first = look.logits
     look.seeded(1)
-    return _share(_differ(one, look.target(look.images).float()))
+    return _share(differ(first, look.target(look.images).float()))
 
 
 @torch.no_grad()
 def redraws_disagree(look: Look) -> float | None:
     """Share of the attacked images that are right in some draws of the defense and wrong in others."""
-    if not look.stochastic:
+    if not look.random:
         return None
     right = []
     for draw in range(DRAWS):
@@ -112,14 +114,11 @@ def redraws_disagree(look: Look) -> float | None:
 @torch.no_grad()
 def batch_changes_verdict(look: Look) -> float | None:
     """Share of the clean images that get another class alone than in a batch."""
-    if look.stochastic:
-        return None
-    look.seeded(0)
+    if look.random:
+        return None  # that is what other checks say
+    look.seeded()
     together = look.model(look.images).float()
-    look.seeded(1)
-    if bool(_differ(together, look.model(look.images).float()).any()):
-        return None  # answers at random, which another check says
-    few = look.images[:ALONE]
+    few = look.images[:FEW]
     alone = torch.cat([look.model(image).float() for image in torch.split(few, 1)])
     return _share(alone.argmax(dim=1) != together[: len(few)].argmax(dim=1))
 
@@ -127,7 +126,7 @@ def batch_changes_verdict(look: Look) -> float | None:
 @torch.no_grad()
 def bf16_changes_verdict(look: Look) -> float | None:
     """Share of the clean images that get another class in bfloat16."""
-    if look.stochastic:
+    if look.random:
         return None
     look.seeded()
     exact = look.model(look.images).argmax(dim=1)
@@ -135,11 +134,6 @@ def bf16_changes_verdict(look: Look) -> float | None:
     with torch.autocast(look.images.device.type, dtype=torch.bfloat16):
         rough = look.model(look.images).argmax(dim=1)
     return _share(exact != rough)
-
-
-def _differ(one: Tensor, other: Tensor) -> Tensor:
-    """By more than the order of a sum may change."""
-    return ((one - other).abs() > 1e-4 * one.abs().amax(dim=1, keepdim=True) + 1e-6).any(dim=1)
 
 
 def _share(mask: Tensor) -> float:
