@@ -30,7 +30,7 @@ from src.checks.flags import FLAGS, raised, unreliable
 from src.checks.look import Look
 from src.data.digits import Digits
 from src.threat import Norm, ThreatModel
-from tests.conftest import ROOT, Outcome
+from tests.conftest import ROOT, Outcome, choices
 from tests.planted import FGSM_CELL, LINF, NOISE_CELL, PLANTED, SOUND, LessRandom, cell, seen, trained
 from tests.test_pipeline import QUIET, ok
 
@@ -69,6 +69,13 @@ def test_every_flag_has_its_paragraph() -> None:
         assert ("Advice" in condition) != FLAGS[name].decisive, name
         if name != "test_in_training":  # cheap for sets in memory
             assert ("*full*" in condition) == FLAGS[name].full, name
+
+
+def test_defenses_that_are_said_to_vote_have_the_argument() -> None:
+    text = (ROOT / "docs" / "checks.md").read_text()
+    (said,) = re.findall(r"let the defense vote, which (.*?) know \(`defense.votes`\)", text, re.DOTALL)
+    voting = [name for name in choices("defense") if "\nvotes:" in (ROOT / "conf/defense" / f"{name}.yaml").read_text()]
+    assert {name.removesuffix("_sketch") for name in voting} == set(re.findall(r"`(\w+)`", said))
 
 
 def test_cheap_checks_leave_out_those_that_repeat_the_attack() -> None:
