@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from src import records, tables
 from src.attacks.apgd import APGD
+from src.attacks.autoattack import AutoAttack
 from src.attacks.base import Attack
 from src.attacks.deepfool import DeepFool
 from src.attacks.fgsm import FGSM
@@ -98,6 +99,19 @@ def test_the_loss_of_each_pass_is_kept() -> None:
     assert path.shape == (1 + 7 + 1, 16)
     torch.testing.assert_close(path[0], path[1])  # without a random start the first step begins at the image
     assert (path[-1] > path[0]).all()
+
+
+def test_autoattack_says_itself_how_often_it_starts() -> None:
+    """As docs/checks.md says: other ensembles are tried with twice the restarts, this one with twice the steps only."""
+    image, model = torch.full((1, 1, 8, 8), 0.5), trained()
+    look = Look(
+        target=model, model=model, images=image, labels=model(image).argmax(dim=1), attacked=image,
+        turned=torch.zeros(1, dtype=torch.bool), attack=AutoAttack(steps=2, queries=1), threat=LINF,
+    )  # fmt: skip
+    assert attack_checks.restarts_short(look) is attack_checks.loss_rising(look) is None
+    assert attack_checks.steps_short(look) is not None
+    look.attack = WorstCase(members={"pgd": PGD(steps=1)})
+    assert attack_checks.restarts_short(look) is not None
 
 
 def test_checks_leave_the_random_state_alone() -> None:
