@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +25,18 @@ from src.checks import probe
 from src.checks.across import across
 from src.checks.flags import FLAGS, raised
 from src.checks.look import Look
+from src.classifiers.module import Classifier
+from src.config import Job, Limit, Paths, ThreatConfig
 from src.data.augment import to_float
 from src.data.base import DataSpec, Split
 from src.data.digits import Digits
 from src.defenses.base import Detector
 from src.defenses.guarded import DefendedModel
+from src.measure import Bench
 from src.records import Record, wilson
-from src.threat import Norm, ThreatModel
+from src.stages import Stages
+from src.subject import Names, Subject
+from src.threat import Access, Norm, ThreatModel
 
 LINF = ThreatModel(norm=Norm.LINF, eps=0.15)
 STRONG = PGD(steps=20)
@@ -155,6 +163,16 @@ class Guess(Attack):
         return best
 
 
+class Shrinking(Attack):
+    """One step, shorter where the radius is larger."""
+
+    norms = frozenset({Norm.LINF})
+
+    def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
+        _, slope = gradient(model, x, y, threat)
+        return threat.project(x, x + 0.01 / threat.eps * slope.sign())
+
+
 class Leaky(Digits):
     """A tenth of the test images are trained on."""
 
@@ -229,6 +247,41 @@ def seen(
     return probe.take(look, (*probe.ONCE, *probe.EACH), full=True)
 
 
+def measured(
+    model: nn.Module,
+    attack: str = "pgd.PGD",
+    access: str = "white_box",
+    *,
+    eps: float = 0.2,
+    n: int = 359,
+    **given: Any,
+) -> Record:
+    """A cell of an undefended model, as a job measures it."""
+    data = copy.copy(digits())
+    data.test, data.eval_batch_size = digits().test.take(slice(0, n)), n
+    names = Names(dataset="digits", classifier="net", defense="none", attack=attack)
+    trainer = {
+        "_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": 1, "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }  # fmt: skip
+    job = Job(
+        seed=0, eval_batch_size=n, eot_draws=1, search_precision=None, dataset={}, classifier={}, surrogate=None,
+        defense={}, attack={"_target_": attack if "planted" in attack else f"src.attacks.{attack}"} | given,
+        threat=ThreatConfig(norm="linf", access=access, targeted=False, quantize=False), trainer=trainer, logger={},
+        callbacks={}, limit=Limit(epochs=None, train_images=None, test_images=None), paths=Paths(data="", artifacts=""),
+    )  # fmt: skip
+    classifier = Classifier(network=model, num_classes=10)
+    defended = DefendedModel(classifier=classifier)
+    keys = {"classifier": "", "defense": ""}
+    subject = Subject(classifier=classifier, defended=defended, surrogate=None, keys=keys, made={})
+    with tempfile.TemporaryDirectory() as folder:
+        return Bench(job, names, data, Stages(Path(folder)), subject).cell(eps, Access(access), Path(folder) / "run")
+
+
+def pgd_and_square(model: nn.Module) -> tuple[Record, Record]:
+    return measured(model, steps=10), measured(model, "square.Square", "black_box", queries=100)
+
+
 def cell(right: int, n: int = 359, **changes: Any) -> Record:
     low, high = wilson(right, n)
     known: dict[str, Any] = {
@@ -294,6 +347,7 @@ SOUND: dict[str, Fault] = {
     "cells in order": Fault(
         lambda: side_by_side(cell(200), cell(150, eps=0.2), cell(240, access="gray_box"), cell(230, **FGSM_CELL))
     ),
+    "Square beside PGD": Fault(lambda: side_by_side(*pgd_and_square(trained()))),
     "threshold of clean images": Fault(threshold),
     "the same, tied scores": Fault(lambda: threshold(Grey)),
     "the digits": Fault(lambda: leak(digits())),
@@ -327,15 +381,19 @@ PLANTED: dict[str, Fault] = {
     "ensemble without gradients": Fault(
         lambda: {"members_left_out": attack_checks.members_left_out(CLOSED) or 0.0}, ("members_left_out",)
     ),
-    "more left at a larger eps": Fault(
-        lambda: side_by_side(cell(150), cell(200, eps=0.2)), ("accuracy_rises_with_eps",)
+    "attack shrinks as eps grows": Fault(
+        lambda: side_by_side(*(measured(trained(), "tests.planted.Shrinking", eps=eps) for eps in (0.1, 0.3))),
+        ("accuracy_rises_with_eps",),
+    ),
+    "Square beside masked gradients": Fault(
+        lambda: side_by_side(*pgd_and_square(trained(Saturated))), ("weaker_access_stronger",)
     ),
     "gray_box does more harm": Fault(
         lambda: side_by_side(cell(200), cell(150, access="gray_box")), ("weaker_access_stronger",)
     ),
     "FGSM cell does more harm": Fault(lambda: side_by_side(cell(200), cell(150, **FGSM_CELL)), ("one_step_stronger",)),
     "noise cell does more harm": Fault(lambda: side_by_side(cell(200), cell(150, **NOISE_CELL)), ("noise_stronger",)),
-    "twenty images": Fault(lambda: {"few_images": wilson(10, 20)[1] - wilson(10, 20)[0]}, ("few_images",)),
+    "twenty images": Fault(lambda: measured(trained(), steps=2, n=20).checks, ("few_images",)),
     "threshold of attacked images": Fault(lambda: threshold(attacked=True), ("threshold_not_clean",)),
     "threshold by hand": Fault(lambda: threshold(by_hand=0.3), ("threshold_by_hand",)),
     "test images trained on": Fault(lambda: leak(Leaky()), ("test_in_training",)),
