@@ -230,8 +230,7 @@ def find(paths: Iterable[Path]) -> list[Record]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            pattern = "*.json" if path.name == "records" else "records/*.json"
-            files += sorted(path.rglob(pattern))
+            files += sorted(path.glob("*.json") if path.name == "records" else path.rglob("records/*.json"))
         else:
             files.append(path)
     by_key: dict[str, Record] = {}

@@ -74,6 +74,18 @@ def test_records_are_logged_at_any_time(tmp_path: Path, capsys: pytest.CaptureFi
             assert {image.split("_")[0] for image in run.images} == {"pictures", "robustness"}
 
 
+def test_runs_lie_beside_a_folder_of_records_not_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tables are JSON too, which a report would take for records."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(relog, "relog", lambda *_, **options: asked.update(options))
+    store.save(cell(), tmp_path / "b" / "records")
+    table = tmp_path / "b" / "records" / "wandb" / "offline-run-1" / "files" / "results.table.json"
+    table.parent.mkdir(parents=True)
+    table.write_text("{}")  # of an earlier version
+    assert main(["wandb", str(tmp_path / "b" / "records")]) == 0
+    assert (asked["out"], asked["group"]) == (tmp_path / "b", "b")
+
+
 @pytest.mark.parametrize(("parts", "prefixes"), [(["a"], ["defense"]), (["a", "b"], ["defense_1", "defense_2"])])
 def test_curves_of_every_training_are_found(parts: list[str], prefixes: list[str], tmp_path: Path) -> None:
     """A surrogate lies among the classifiers; the key of a detector or, in older records, a chain is no folder."""

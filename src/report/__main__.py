@@ -42,8 +42,7 @@ def _report(words: Sequence[str]) -> int:
     if (options.cols or options.where) and not options.rows:
         raise UserError("--cols and --where shape a pivot: give --rows as well, such as --rows defense")
     cells = _found(options.paths)
-    first: Path = options.paths[0]
-    out = options.out or (first if first.is_dir() and first.name != "records" else first.parent)
+    out = options.out or _folder(options.paths[0])
     if options.rows:
         written = _pivot(options, cells, out)
     else:
@@ -80,7 +79,9 @@ def _relog(words: Sequence[str]) -> int:
     parser.add_argument(
         "--mode", choices=("offline", "online"), default="offline", help="online sends at once (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, help="where the runs are written (default: the first PATH)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write the runs (default: the first PATH, or the folder it lies in)"
+    )
     parser.add_argument(
         "--dashboard", action="store_true", help="with --mode online: the workspace of docs/dashboard.md"
     )
@@ -90,14 +91,14 @@ def _relog(words: Sequence[str]) -> int:
     cells = _found(options.paths)
     from src.tracking import group_of, relog
 
-    first: Path = options.paths[0]
+    folder = _folder(options.paths[0])
     relog.relog(
         cells,
         sidecars.find(options.paths),
-        out=options.out or (first if first.is_dir() else first.parent),
+        out=options.out or folder,
         project=options.project,
         entity=options.entity,
-        group=options.group or group_of((first if first.is_dir() else first.parent).resolve()),
+        group=options.group or group_of(folder.resolve()),
         mode=options.mode,
     )
     if options.dashboard:
@@ -111,6 +112,11 @@ def _paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="output folder of a run or sweep, or a record"
     )
+
+
+def _folder(path: Path) -> Path:
+    """Where the output about it belongs: in a folder ``records`` it would lie among them."""
+    return path if path.is_dir() and path.name != "records" else path.parent
 
 
 def _keys(text: str) -> list[str]:
