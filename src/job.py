@@ -77,7 +77,7 @@ def run(cfg: DictConfig, settings: str) -> None:
         with leaving.on_sigterm():
             _measure(job, names, out, done, radii, in_sweep)
         _forget(out / "records", done, Path(job.paths.artifacts) / "records")
-        retry.mark(out, settings, [record.key for record in done])
+        retry.mark(out, settings, [record.key for record in done], job.model_dump(mode="json"))
     except Exception as error:
         reason = explain(error)
         for record in _failed(cfg, names, reason, done, radii):
@@ -119,7 +119,7 @@ def _measure(
     known = {
         "tags": [*(job.logger.get("tags") or []), *(names[k] for k in ("dataset", "classifier", "defense", "attack")),
                  *map(str, job.access)],
-        "run_id": job.logger.get("run_id") or relog.run_id(names, settings),
+        "run_id": relog.run_id(names, settings),
     }  # fmt: skip
     tracker: NoTracker = NoTracker() if done else build(job.logger, "logger", **known)
     bench = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def settings(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
     return content_key(names=names, **{name: value for name, value in plain.items() if name not in _ELSEWHERE})
 
 
-def mark(out: Path, of: str, keys: Iterable[str]) -> None:
-    """Say that the job in ``out`` is done, with the keys of its records."""
-    (out / MARK).write_text(json.dumps({"settings": of, "records": list(keys)}))
+def mark(out: Path, of: str, keys: Iterable[str], config: Mapping[str, Any]) -> None:
+    """Say that the job in ``out`` is done, with the keys of its records and its resolved config."""
+    (out / MARK).write_text(json.dumps({"settings": of, "records": list(keys), "config": config}))
 
 
 def settled(out: Path, of: str) -> bool:
@@ -41,6 +42,16 @@ def settled(out: Path, of: str) -> bool:
         return left["settings"] == of and all((out / "records" / f"{key}.json").exists() for key in left["records"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def marked(folders: Iterable[Path]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Keys of the records and config of each job that was done in these folders or below."""
+    found = []
+    for file in sorted({file for folder in folders for file in folder.rglob(MARK)}):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            left = json.loads(file.read_text())
+            found.append((left["records"], left["config"]))
+    return found
 
 
 def with_folder(arguments: Sequence[str], sweeps: Path = Path("multirun")) -> list[str]:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "worst": {"records", "sidecars", "checks"},
     "frame": {"records", "checks", "sidecars", "worst", "errors"},
     "report": {"records", "sidecars", "worst", "frame", "tables", "uncertainty", "checks", "errors", "analysis"}
-    | {"report", "terminal", "tracking"},
+    | {"report", "retry", "terminal", "tracking"},
     "tracking": {"records", "keys", "worst", "frame", "errors", "analysis", "checks", "tracking"},
     "analysis": {"records", "sidecars", "tables", "checks", "errors", "analysis"},
     "data": {"threat", "errors", "records", "data"},

@@ -281,7 +281,7 @@ def test_a_launcher_that_gives_up_leaves_a_table_and_one_line(
 
 def test_a_mark_that_cannot_be_read_settles_nothing(tmp_path: Path) -> None:
     assert not retry.settled(tmp_path, "a")
-    retry.mark(tmp_path, "a", [])
+    retry.mark(tmp_path, "a", [], {})
     assert retry.settled(tmp_path, "a")
     assert not retry.settled(tmp_path, "b")
     (tmp_path / retry.MARK).write_text("{")

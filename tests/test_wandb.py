@@ -12,7 +12,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from src import config, fit, pipeline
+from src import config, fit, pipeline, retry
 from src import records as store
 from src.audit import composed
 from src.data.digits import Digits
@@ -43,16 +43,18 @@ def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outco
     assert len(found.tables["results"]["data"]) == 4
     assert {path.name.split("_")[0] for path in run.glob("files/media/images/*.png")} >= {"pictures", "robustness"}
 
-    # A third eps: one cell more of another config, whose classifier was trained by the job before.
-    command(*words[:3], "threat.eps=0.25", "hydra.run.dir=c")
+    # A third eps: another config, with cells and a classifier of the job before.
+    command(*words[:3], "threat.eps=[0.25,0.3]", "hydra.run.dir=c")
     (other,) = (folder / "c").glob("wandb/offline-run-*")
-    assert [row for row in read_run(other).history if "classifier/train_loss" in row], (
-        "its curves are told all the same"
-    )
+    live = read_run(other)
+    assert [row for row in live.history if "classifier/train_loss" in row], "its curves are told all the same"
 
-    assert main(["wandb", str(folder / "a"), "--out", str(folder / "again")]) == 0
-    ids = {path.name.split("-")[-1] for path in (folder / "again").glob("wandb/offline-run-*")}
-    assert run.name.split("-")[-1] in ids, "logged again, it continues the run of the job"
+    assert main(["wandb", str(folder / "c"), "--out", str(folder / "again")]) == 0
+    assert len(list((folder / "again").glob("wandb/offline-run-*"))) == 2, "one job, and the results"
+    (again,) = (folder / "again").glob(f"wandb/offline-run-*-{other.name.split('-')[-1]}")
+    told = read_run(again)  # logged again, it continues the run of the job, with all it had
+    assert told.tables["results"]["data"] == live.tables["results"]["data"]
+    assert told.config["threat"] == live.config["threat"]
 
 
 def test_records_are_logged_at_any_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +86,23 @@ def test_runs_lie_beside_a_folder_of_records_not_in_it(tmp_path: Path, monkeypat
     table.write_text("{}")  # of an earlier version
     assert main(["wandb", str(tmp_path / "b" / "records")]) == 0
     assert (asked["out"], asked["group"]) == (tmp_path / "b", "b")
+
+
+def test_a_cell_belongs_to_every_job_that_asked_for_it(tmp_path: Path) -> None:
+    names = {"dataset": "digits", "classifier": "lenet", "defense": "vae", "attack": "pgd", "variant": ""}
+    configs = [{"threat": {"eps": eps}, "logger": {}} for eps in ([0.1], [0.1, 0.2], [0.3])]
+    cells = [cell(eps, config=configs[place]) for place, eps in enumerate((0.1, 0.2, 0.3))]
+    for place in (0, 1):  # the second found a cell of the first; the third was killed before its mark
+        (tmp_path / str(place)).mkdir()
+        retry.mark(tmp_path / str(place), "", [each.key for each in cells[: place + 1]], configs[place])
+    (tmp_path / "done.json").write_text("[]")  # not ours
+    jobs = relog._jobs(cells, retry.marked([tmp_path]))
+    asked = ([0.1], [0.1, 0.2], [0.3])
+    assert {key: [each.eps for each in found] for key, (_, found) in jobs.items()} == {
+        relog.run_id(names, config): eps for config, eps in zip(configs, asked, strict=True)
+    }
+    own = {"logger": {"run_id": "mine"}}
+    assert next(iter(relog._jobs(cells, [(["none", cells[0].key], own)]))) == "mine"
 
 
 @pytest.mark.parametrize(("parts", "prefixes"), [(["a"], ["defense"]), (["a", "b"], ["defense_1", "defense_2"])])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src import records as store
-from src import sidecars
+from src import retry, sidecars
 from src.checks.across import across
 from src.errors import UserError
 from src.records import Record
@@ -95,6 +95,7 @@ def _relog(words: Sequence[str]) -> int:
     relog.relog(
         cells,
         sidecars.find(options.paths),
+        retry.marked(map(_folder, options.paths)),
         out=options.out or folder,
         project=options.project,
         entity=options.entity,

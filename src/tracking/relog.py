@@ -1,7 +1,7 @@
 """What a run on Weights & Biases holds of finished cells: the same whether they have just been measured or long since.
 
 A run is a job: the cells of one config, which differ in eps and access. Its id is made of that config, so a job that
-goes on later, or is logged again from its records, continues its run.
+goes on later, or is logged again from its folder, continues its run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _NAMES = ("dataset", "classifier", "defense", "attack", "variant")
 
 
 def run_id(names: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Of the job with these names and this config."""
-    return content_key(
+    """Of the job with these names and this config, which may have an id of the user's."""
+    return (config.get("logger") or {}).get("run_id") or content_key(
         names={name: names.get(name, "") for name in _NAMES},
         config={name: value for name, value in config.items() if name not in _BESIDE} | beside(config),
     )
@@ -68,6 +68,7 @@ def _trainings(record: Record, root: Path) -> list[tuple[str, Path]]:
 def relog(
     records: Sequence[Record],
     files: Mapping[str, Path],
+    made: Iterable[tuple[Iterable[str], Mapping[str, Any]]],
     *,
     out: Path,
     project: str,
@@ -80,28 +81,26 @@ def relog(
     Args:
         records: cells; those that failed stand in the table only.
         files: key of a record → its sidecar, for the pictures.
+        made: keys of the records and config of each job that is known. A cell of none of them belongs to the job that
+            measured it, which may have been another than the one whose folder it was found in.
         out: the runs lie in its ``wandb`` folder; `wandb sync` sends those made offline.
     """
     from src.analysis import curves, pictures
     from src.worst import worst_cases
 
-    jobs: dict[str, list[Record]] = {}
-    for record in records:
-        if record.status == "done":
-            names = {name: getattr(record, name) for name in _NAMES}
-            jobs.setdefault(run_id(names, record.config), []).append(record)
+    jobs = _jobs([record for record in records if record.status == "done"], made)
     common: dict[str, Any] = {
         "project": project, "entity": entity, "group": group, "mode": mode, "dir": str(out),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        for key, cells in jobs.items():
+        for key, (config, cells) in jobs.items():
             first = cells[0]
             drawn = [curves.robustness_curve(cells, Path(scratch) / key / "robustness_curve.png")]
             grid = pictures.picture_grid(cells, files, Path(scratch) / key / "pictures.png")
             tags = [first.dataset, first.classifier, first.defense, first.attack, *sorted({r.access for r in cells})]
             name = f"{first.defense} {first.attack} {first.norm}"
             with Tracker(**common, name=name, tags=tags, run_id=key) as tracker:
-                log_job(tracker, cells, first.config, [*drawn, *([grid] if grid else [])])
+                log_job(tracker, cells, config, [*drawn, *([grid] if grid else [])])
         with Tracker(**common, name="results", tags=["results"], run_id=content_key(results_of=group)) as tracker:
             tracker.log_table([*records, *worst_cases(records, files)])
             for name, cells in curves.figures(records).items():
@@ -111,6 +110,23 @@ def relog(
     print(f"{len(jobs) + 1} runs of group {group} in {out / 'wandb'}")
     if mode == "offline":
         print(f"send them with: wandb sync {out / 'wandb'}/offline-run-*")
+
+
+def _jobs(
+    records: Sequence[Record], made: Iterable[tuple[Iterable[str], Mapping[str, Any]]]
+) -> dict[str, tuple[Mapping[str, Any], list[Record]]]:
+    """Id of a run → config and cells of its job."""
+    places = {record.key: place for place, record in enumerate(records)}
+    owned = [(sorted(places[key] for key in keys if key in places), config) for keys, config in made]
+    left = set(places.values()).difference(*(cells for cells, _ in owned))
+    jobs: dict[str, tuple[Mapping[str, Any], list[Record]]] = {}
+    for cells, config in [*owned, *(([place], records[place].config) for place in sorted(left))]:
+        for record in (records[place] for place in cells):
+            names = {name: getattr(record, name) for name in _NAMES}
+            _, known = jobs.setdefault(run_id(names, config), (config, []))
+            if record not in known:
+                known.append(record)
+    return jobs
 
 
 def counts(records: Sequence[Record]) -> dict[str, int]:
