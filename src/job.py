@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -64,6 +65,8 @@ def run(cfg: DictConfig, settings: str) -> None:
     started = time.perf_counter()
     done: list[Record] = []
     radii: list[float] = []  # those of the job, once they are known
+    # Cells of an earlier try in the same folder that was killed before it came to its mark.
+    cut_off = set() if (out / retry.MARK).exists() else {file.stem for file in (out / "records").glob("*.json")}
     try:
         (out / retry.MARK).unlink(missing_ok=True)
         for stale in (out / "records").glob(f"{FAILED}*.json"):  # of an earlier try in the same folder
@@ -75,7 +78,7 @@ def run(cfg: DictConfig, settings: str) -> None:
             _plan(job, names)
             return
         with leaving.on_sigterm():
-            _measure(job, names, out, done, radii, in_sweep)
+            _measure(job, names, out, done, radii, in_sweep, cut_off)
         _forget(out / "records", done, Path(job.paths.artifacts) / "records")
         retry.mark(out, settings, [record.key for record in done], job.model_dump(mode="json"))
     except Exception as error:
@@ -100,7 +103,13 @@ def _plan(job: config.Job, names: dict[str, str]) -> None:
 
 
 def _measure(
-    job: config.Job, names: dict[str, str], out: Path, done: list[Record], radii: list[float], in_sweep: bool
+    job: config.Job,
+    names: dict[str, str],
+    out: Path,
+    done: list[Record],
+    radii: list[float],
+    in_sweep: bool,
+    cut_off: set[str],
 ) -> None:
     # Seconds of imports: only now, when there is work and the config is known to be right.
     from src import pipeline, report
@@ -113,15 +122,17 @@ def _measure(
     from src.tracking import NoTracker, relog
 
     done += pipeline.recall(job, Names(**names), out)
-    if done and in_sweep:
-        return  # the sweep's table shows them; figures and a W&B run were made when the cells were
+    # Figures and W&B run were made when the cells were, unless that was cut off; an agent of W&B waits for its own.
+    told = bool(done) and cut_off.isdisjoint(record.key for record in done) and "WANDB_SWEEP_ID" not in os.environ
+    if told and in_sweep:
+        return  # the sweep's table shows them
     settings = job.model_dump(mode="json")
     known = {
         "tags": [*(job.logger.get("tags") or []), *(names[k] for k in ("dataset", "classifier", "defense", "attack")),
                  *map(str, job.access)],
         "run_id": relog.run_id(names, settings),
     }  # fmt: skip
-    tracker: NoTracker = NoTracker() if done else build(job.logger, "logger", **known)
+    tracker: NoTracker = NoTracker() if told else build(job.logger, "logger", **known)
     bench = None
     with tracker:
         if not done:

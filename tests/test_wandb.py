@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
-from src import config, fit, pipeline, retry
+from src import config, fit, job, pipeline, report, retry
 from src import records as store
 from src.audit import composed
 from src.data.digits import Digits
 from src.errors import UserError
+from src.records import Record
 from src.report.__main__ import _relog, main
 from src.report.command import CONF
 from src.stages import Stages
 from src.subject import Names
-from src.tracking import NoTracker, dashboard, relog
+from src.tracking import CSVTracker, NoTracker, dashboard, relog
 from tests.conftest import Outcome
 from tests.test_report import cell, pair, sidecar
 from tests.test_tracking import read_run
@@ -103,6 +108,45 @@ def test_a_cell_belongs_to_every_job_that_asked_for_it(tmp_path: Path) -> None:
     }
     own = {"logger": {"run_id": "mine"}}
     assert next(iter(relog._jobs(cells, [(["none", cells[0].key], own)]))) == "mine"
+
+
+class Heard(CSVTracker):
+    runs: ClassVar[list[Path]] = []
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        assert "largest_eps/white_box" in values, "the objective of conf/wandb_sweep.yaml"
+        self.runs.append(self.dir)
+
+
+def test_found_cells_are_told_where_nobody_has_heard_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recall(_job: config.Job, _names: Names, out: Path) -> list[Record]:
+        for record in pair():
+            store.save(record, out / "records")
+        return pair()
+
+    def run(name: str) -> int:
+        runtime = SimpleNamespace(output_dir=str(tmp_path / name), choices={})
+        of_job = {"overrides": SimpleNamespace(task=[]), "job": SimpleNamespace(num=0)}
+        hydra = SimpleNamespace(mode=RunMode.MULTIRUN, runtime=runtime, **of_job)
+        with monkeypatch.context() as patch:
+            patch.setattr(HydraConfig, "get", lambda: hydra)
+            patch.setattr(config, "parse", lambda _: asked)
+            job.run(OmegaConf.create({}), "")
+        assert retry.settled(tmp_path / name, "")
+        return len(Heard.runs)
+
+    monkeypatch.setattr(pipeline, "recall", recall)
+    monkeypatch.setattr(report, "write_report", lambda *_: [])
+    monkeypatch.setattr(Heard, "runs", [])
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    asked = job_of("logger=csv", f"logger._target_={__name__}.Heard")
+    assert run("0") == 0, "other jobs measured them, and told"
+    assert run("0") == 0
+    (tmp_path / "0" / retry.MARK).unlink()
+    assert run("0") == 1, "the job was killed after its last record"
+    assert run("0") == 1
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert run("1") == 2, "an agent waits for its objective"
 
 
 @pytest.mark.parametrize(("parts", "prefixes"), [(["a"], ["defense"]), (["a", "b"], ["defense_1", "defense_2"])])

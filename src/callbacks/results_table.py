@@ -137,7 +137,7 @@ def log_results(config: DictConfig, sweep: Path, records: list[Record], paths: l
     from hydra.utils import get_class
     from omegaconf import OmegaConf, open_dict, read_write
 
-    from src.keys import content_key
+    from src import sidecars
     from src.tracking import NoTracker, group_of, relog
 
     try:
@@ -146,16 +146,13 @@ def log_results(config: DictConfig, sweep: Path, records: list[Record], paths: l
             # What is known only inside a job (its folder) is replaced before anything is resolved.
             if "group" in node and node.group is None:
                 node.group = group_of(sweep)
-            known = {"dir": str(sweep), "name": "results", "run_id": content_key(results_of=node.get("group"))}
+            known = {"dir": str(sweep), "name": "results", "run_id": relog.results_id([sweep])}
             node.update({k: v for k, v in known.items() if k in node})
             settings: Any = OmegaConf.to_container(node, resolve=True)
         tracker: NoTracker = get_class(settings.pop("_target_"))(**settings)
         with tracker:
-            tracker.log_table(records)
-            for path in paths:
-                if path.suffix == ".png":
-                    tracker.log_image(path.stem, path)
-            tracker.summary(relog.counts(records))
+            pictures = [path for path in paths if path.suffix == ".png"]
+            relog.log_results(tracker, records, sidecars.find([sweep]), pictures)
     except Exception as error:  # everything is on disk already
         print(f"warning: the results were not logged ({type(error).__name__}: {error})", file=sys.stderr)
 

@@ -91,15 +91,16 @@ def _relog(words: Sequence[str]) -> int:
     cells = _found(options.paths)
     from src.tracking import group_of, relog
 
-    folder = _folder(options.paths[0])
+    folders = [_folder(path) for path in options.paths]
     relog.relog(
         cells,
         sidecars.find(options.paths),
-        retry.marked(map(_folder, options.paths)),
-        out=options.out or folder,
+        retry.marked(folders),
+        folders=folders,
+        out=options.out or folders[0],
         project=options.project,
         entity=options.entity,
-        group=options.group or group_of(folder.resolve()),
+        group=options.group or group_of(folders[0].resolve()),
         mode=options.mode,
     )
     if options.dashboard:

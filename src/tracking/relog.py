@@ -50,6 +50,23 @@ def log_job(tracker: NoTracker, records: Sequence[Record], config: Mapping[str, 
     tracker.summary(_summary(records))
 
 
+def results_id(folders: Iterable[Path]) -> str:
+    """Of the run ``results`` of these sweeps; two of one group and name are told apart by where they lie."""
+    return content_key(results_of=sorted({str(folder.resolve()) for folder in folders}))
+
+
+def log_results(
+    tracker: NoTracker, records: Sequence[Record], files: Mapping[str, Path], pictures: Iterable[Path]
+) -> None:
+    """Table with the worst cases, pictures and counts of a whole sweep."""
+    from src.worst import worst_cases
+
+    tracker.log_table([*records, *worst_cases(records, files)])
+    for path in pictures:
+        tracker.log_image(path.stem, path)
+    tracker.summary(_counts(records))
+
+
 def _trainings(record: Record, root: Path) -> list[tuple[str, Path]]:
     """The stages that a cell's models were trained in, with the prefix of their curves.
 
@@ -70,6 +87,7 @@ def relog(
     files: Mapping[str, Path],
     made: Iterable[tuple[Iterable[str], Mapping[str, Any]]],
     *,
+    folders: Iterable[Path],
     out: Path,
     project: str,
     entity: str | None,
@@ -83,10 +101,10 @@ def relog(
         files: key of a record → its sidecar, for the pictures.
         made: keys of the records and config of each job that is known. A cell of none of them belongs to the job that
             measured it, which may have been another than the one whose folder it was found in.
+        folders: where they were found, by which the run ``results`` is known.
         out: the runs lie in its ``wandb`` folder; `wandb sync` sends those made offline.
     """
     from src.analysis import curves, pictures
-    from src.worst import worst_cases
 
     jobs = _jobs([record for record in records if record.status == "done"], made)
     common: dict[str, Any] = {
@@ -101,12 +119,12 @@ def relog(
             name = f"{first.defense} {first.attack} {first.norm}"
             with Tracker(**common, name=name, tags=tags, run_id=key) as tracker:
                 log_job(tracker, cells, config, [*drawn, *([grid] if grid else [])])
-        with Tracker(**common, name="results", tags=["results"], run_id=content_key(results_of=group)) as tracker:
-            tracker.log_table([*records, *worst_cases(records, files)])
-            for name, cells in curves.figures(records).items():
-                file = Path(scratch) / f"robustness_curve{f'_{name}' if name else ''}.png"
-                tracker.log_image(file.stem, curves.robustness_curve(cells, file))
-            tracker.summary(counts(records))
+        drawn = [
+            curves.robustness_curve(cells, Path(scratch) / f"robustness_curve{f'_{name}' if name else ''}.png")
+            for name, cells in curves.figures(records).items()
+        ]
+        with Tracker(**common, name="results", tags=["results"], run_id=results_id(folders)) as tracker:
+            log_results(tracker, records, files, drawn)
     print(f"{len(jobs) + 1} runs of group {group} in {out / 'wandb'}")
     if mode == "offline":
         print(f"send them with: wandb sync {out / 'wandb'}/offline-run-*")
@@ -129,7 +147,7 @@ def _jobs(
     return jobs
 
 
-def counts(records: Sequence[Record]) -> dict[str, int]:
+def _counts(records: Sequence[Record]) -> dict[str, int]:
     """Of the cells of a sweep."""
     done = [record for record in records if record.status == "done"]
     return {
