@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from src import config, fit, job, pipeline, report, retry
 from src import records as store
 from src.audit import composed
+from src.callbacks import results_table
 from src.data.digits import Digits
 from src.errors import UserError
 from src.records import Record
@@ -90,7 +91,7 @@ def test_runs_lie_beside_a_folder_of_records_not_in_it(tmp_path: Path, monkeypat
     table.parent.mkdir(parents=True)
     table.write_text("{}")  # of an earlier version
     assert main(["wandb", str(tmp_path / "b" / "records")]) == 0
-    assert (asked["out"], asked["group"]) == (tmp_path / "b", "b")
+    assert (asked["out"], asked["group"], asked["folders"]) == (tmp_path / "b", "b", [tmp_path / "b"])
 
 
 def test_a_cell_belongs_to_every_job_that_asked_for_it(tmp_path: Path) -> None:
@@ -147,6 +148,29 @@ def test_found_cells_are_told_where_nobody_has_heard_of_them(tmp_path: Path, mon
     assert run("0") == 1
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")
     assert run("1") == 2, "an agent waits for its objective"
+
+
+class Results(NoTracker):
+    told: ClassVar[list[tuple[str, list[str]]]] = []
+
+    def __init__(self, *, dir: str, group: str, run_id: str) -> None:
+        self.run_id = run_id
+
+    def log_table(self, records: Iterable[Record], name: str = "results") -> None:
+        self.told.append((self.run_id, [record.attack for record in records]))
+
+
+def test_results_of_a_sweep_are_the_same_run_at_once_and_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sweep never replaces the results of another of its group."""
+    monkeypatch.setattr(Results, "told", [])
+    node = {"_target_": f"{__name__}.Results", "dir": "x", "group": "mine", "run_id": None}
+    cells = [cell(attack=attack) for attack in ("fgsm", "pgd")]
+    for name in ("a", "a", "b"):
+        results_table.log_results(OmegaConf.create({"logger": node}), tmp_path / name, cells, [])
+    monkeypatch.chdir(tmp_path)
+    attacks = ["fgsm", "pgd", "worst_of_all"]
+    assert Results.told == [(relog.results_id([Path(name)]), attacks) for name in ("a", "a", "b")]
+    assert Results.told[0] != Results.told[2]
 
 
 @pytest.mark.parametrize(("parts", "prefixes"), [(["a"], ["defense"]), (["a", "b"], ["defense_1", "defense_2"])])

@@ -64,7 +64,7 @@ def log_results(
     tracker.log_table([*records, *worst_cases(records, files)])
     for path in pictures:
         tracker.log_image(path.stem, path)
-    tracker.summary(_counts(records))
+    tracker.summary(counts(records))
 
 
 def _trainings(record: Record, root: Path) -> list[tuple[str, Path]]:
@@ -147,7 +147,7 @@ def _jobs(
     return jobs
 
 
-def _counts(records: Sequence[Record]) -> dict[str, int]:
+def counts(records: Sequence[Record]) -> dict[str, int]:
     """Of the cells of a sweep."""
     done = [record for record in records if record.status == "done"]
     return {
