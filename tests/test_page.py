@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,43 @@ def test_flags_are_explained_from_the_page_of_checks(tmp_path: Path) -> None:
     checks.write_text("# Checks\n\n### `few_images`\n\nRaised if *few*.\n\n### `odd` (decisive)\nOdd.\n## End\nx\n")
     assert meanings._sections(checks) == {"few_images": "Raised if few.", "odd": "Odd."}
     assert meanings.explain("never_heard_of").startswith("Raised by a sanity check")
+
+
+def twins() -> list[Record]:
+    """Two sweeps of one name, between which the classifier was trained again, with a cell measured twice."""
+    stages = [{"data": "d", "classifier": key, "defense": key} for key in ("c0ffee", "decade")]
+    cells = [r for made in stages for eps in (0.1, 0.2) for r in pair(eps, stages=made, key="")]
+    cells += pair(0.2, stages=stages[1], key="")
+    return [r.model_copy(update={"key": f"{place}"}) for place, r in enumerate(cells)]
+
+
+def test_cells_of_other_weights_are_on_another_line(tmp_path: Path) -> None:
+    rows = content(page.write_page(twins(), tmp_path / "report.html"))["rows"]
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        access = row["c"][[name for name, *_ in page.COLUMNS].index("access")]
+        lines.setdefault((access, row["made"]), []).append(row["eps"])
+    two, one = ["0.1", "0.2"], ["0.2"]
+    assert sorted(lines.values()) == [two, two, two, two, one, one]
+    assert {made for access, made in lines if access == "gray_box"} == {made for _, made in lines}, "they are pairs"
+
+
+def test_no_line_joins_two_sweeps(tmp_path: Path) -> None:
+    """By the page's own script, as far as it needs no page."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("the lines of report.html were NOT tried: no node here")
+    cells = json.dumps(content(page.write_page(twins(), tmp_path / "report.html")))
+    around = """const at = Object.fromEntries(content.columns.map((column, place) => [column.name, place]));
+    const value = (row, name) => row.c[at[name]], hidden = new Set(), percent = String, robustText = String;"""
+    script = (Path(page.__file__).parent / "page.js").read_text()
+    functions = script[script.index("function wilson") : script.index("const select")]
+    said = "console.log(JSON.stringify(lines(content.rows).points.map((point) => [point.path, point.x])));"
+    done = subprocess.run(
+        [node], input=f"const content = {cells};{around}{functions}{said}", capture_output=True, text=True, check=True
+    )
+    points = [tuple(point) for point in json.loads(done.stdout)]
+    assert len(points) == 10 + 6, "each line starts at the clean accuracy"
+    assert len(set(points)) == len(points), "and has one value an eps"
 
 
 @pytest.mark.parametrize("name", list(specs([])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -59,6 +60,8 @@ def write_page(records: Iterable[Record], path: Path, pictures: Sequence[Path] =
 
     cells = sorted(records, key=store.order)
     rows = [_row(record, gap) for record, gap in zip(cells, _gaps(cells), strict=True)]
+    for row, made in zip(rows, _made(cells), strict=True):
+        row["made"] = made
     flags = sorted({flag for record in cells for flag in record.flags})
     content = {
         "columns": [dict(zip(("name", "kind", "help"), column, strict=True)) for column in COLUMNS],
@@ -100,6 +103,18 @@ def _gaps(cells: Sequence[Record]) -> list[float | None]:
         gray, white = (held.get((r.gap_key, tuple(r.stages.items()), a)) for a in ("gray_box", "white_box"))
         gaps.append(None if gray is None or white is None else round(100 * (gray - white), 2))
     return gaps
+
+
+def _made(cells: Sequence[Record]) -> list[str]:
+    """What sets cells of the same names apart, as in :mod:`src.analysis.points`: the stages they are of, repeats."""
+    seen: Counter[tuple[object, ...]] = Counter()
+    found = []
+    for r in cells:
+        kinds = ("data", "classifier", "defense", *(["surrogate"] if r.access == "transfer" else []))
+        made = " ".join(r.stages.get(kind, "")[:8] for kind in kinds)
+        found.append(f"{made} {seen[r.gap_key, r.access, made]}")
+        seen[r.gap_key, r.access, made] += 1
+    return found
 
 
 def _row(r: Record, gap: float | None) -> dict[str, Any]:

@@ -194,15 +194,15 @@ function lines(cells) {
   const infinite = cells.some((row) => value(row, "eps") === Infinity);
   const points = [], started = new Set();
   for (const row of cells) {
-    const eps = value(row, "eps"), series = named(row), n = value(row, "n");
-    const common = { series, path: series, defense: value(row, "defense"), access: value(row, "access"), n };
-    if (!started.has(series) && value(row, "clean") !== null) {
-      started.add(series);
+    const eps = value(row, "eps"), series = named(row), path = `${series} ${row.made}`, n = value(row, "n");
+    const common = { series, path, defense: value(row, "defense"), access: value(row, "access"), n };
+    if (!started.has(path) && value(row, "clean") !== null) {
+      started.add(path);
       const [low, high] = wilson(value(row, "clean"), n);
       points.push({ ...common, x: 0, eps: "0 (clean)", accuracy: value(row, "clean"), hollow: null, low, high, flags: "", text: figure(row, "clean") });
     }
     // An infinite eps is not joined to the line; what is unreliable leaves a gap in it.
-    points.push({ ...common, path: eps === Infinity ? `${series} infinite` : series, x: eps === Infinity ? edge * 1.2 : eps, eps: row.eps, accuracy: value(row, "robust"), hollow: row.hollow, low: row.low, high: row.high, flags: value(row, "flags").join(", "), text: figure(row, "robust") });
+    points.push({ ...common, path: eps === Infinity ? `${path} infinite` : path, x: eps === Infinity ? edge * 1.2 : eps, eps: row.eps, accuracy: value(row, "robust"), hollow: row.hollow, low: row.low, high: row.high, flags: value(row, "flags").join(", "), text: figure(row, "robust") });
   }
   const ticks = [0, ...new Set(radii), ...(infinite ? [edge * 1.2] : [])].sort((a, b) => a - b);
   return { points, ticks, edge: infinite ? edge : 0 };
@@ -230,7 +230,7 @@ async function drawScatters(all) {
   const common = (row) => ({ defense: value(row, "defense"), setting: settingOf(row), eps: row.eps, access: value(row, "access"), flags: value(row, "flags").join(", ") });
   const pairs = new Map();
   for (const row of left) {
-    const key = [...["dataset", "classifier", "defense", "attack", "norm", "eps", "seed", "aim", "variant"].map((name) => value(row, name)), row.stages.defense].join("\u0000");
+    const key = [...["dataset", "classifier", "defense", "attack", "norm", "eps", "seed", "aim", "variant"].map((name) => value(row, name)), row.made].join("\u0000");
     pairs.set(key, { ...pairs.get(key), [value(row, "access")]: row });
   }
   const both = [...pairs.values()].filter((pair) => pair.gray_box && pair.white_box);
