@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from src import config
+from src.job import names_of
 from src.records import Record
 from src.report.command import CONF, command
 
@@ -24,11 +25,30 @@ def composed(overrides: list[str]) -> dict[str, Any]:
     [
         [],
         ["dataset=mnist", "paths.data='/a b/it\\'s'", "seed=3", "limit.test_images=100"],
-        ["attack=apgd", "attack.steps=7", "defense=autoencoder_pgd", "defense.trained_on.attack.steps=3"],
+        [
+            "attack=apgd",
+            "++attack.steps=7",
+            "attack.rho=75e-2",
+            "defense=autoencoder_pgd",
+            "defense.trained_on.attack.steps=3",
+        ],
         ["defense=none", "classifier=cnn6", "classifier.fit.lr=1e-4", "threat=l2", "threat.targeted=true"],
-        ["threat.access=transfer", "+classifier@surrogate=lenet", "surrogate.fit.epochs=2"],
-        ["trainer=ddp_cpu", "search_precision=bf16-mixed", "defense=chain", "eot_draws=2", "checks=full"],
-        ["+experiment=cifar_pgd_vae", "classifier.checkpoint='x=1.pt'"],
+        [
+            "threat.access=transfer",
+            "+classifier@surrogate=lenet",
+            "surrogate.fit.epochs=2",
+            "~surrogate.label_smoothing",
+        ],
+        [
+            "trainer=ddp_cpu",
+            "search_precision=bf16-mixed",
+            "defense=chain",
+            "eot_draws=2",
+            "checks=full",
+            "defense@defense.parts.first=vae_kl",
+            "+defense@defense.parts.third=jpeg",
+        ],
+        ["+experiment=cifar_pgd_vae", "+debug=quick", "classifier.checkpoint='x=1.pt'", "limit.epochs=2"],
         ["defense=autoencoder", "defense.trained_on.eps=inf", "defense.trained_on.norm=l2"],
         ["+trainer.gradient_clip_val=0.5", "+callbacks.mine={_target_:torch.nn.Linear,in_features:1,out_features:2}"],
     ],
@@ -38,13 +58,14 @@ def test_the_command_gives_the_config_back(overrides: list[str]) -> None:
     wanted = composed(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         choices = compose("train", overrides=overrides, return_hydra_config=True).hydra.runtime.choices
-    names = {group: str(choices[group]) for group in ("dataset", "classifier", "defense", "attack")}
+    names = names_of(choices, overrides)
     access = "transfer" if "threat.access=transfer" in overrides else "white_box"
     record = Record(
         key="k", norm=wanted["threat"]["norm"], eps=8 / 255, access=access, seed=wanted["seed"], config=wanted, **names
     )
     words = shlex.split(command(record))
     assert words[:3] == ["python", "-m", "src.train"]
+    assert names_of(choices, words[3:]) == names, "which a cell is found by as well"
     found = composed(words[3:])
     if "defense.trained_on.eps=inf" in overrides:
         assert found["defense"]["trained_on"]["eps"] == "Infinity"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from src.errors import UserError
 from src.records import Record
 from src.report.__main__ import _relog, main
 from src.report.command import CONF
+from src.report.command import command as copied
 from src.stages import Stages
 from src.subject import Names
 from src.tracking import CSVTracker, NoTracker, dashboard, relog
@@ -36,7 +38,10 @@ from tests.test_tracking import read_run
 def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outcome]) -> None:
     words = ["+debug=quick", "attack=fgsm", "defense=jpeg", "threat.eps=[0.2,0.3]"]  # at 0.1 gray_box is the stronger
     assert command(*words, "logger.tags=[mine]", "hydra.run.dir=a").code == 0
-    folder = command(*words, "hydra.run.dir=b").folder
+    one = next(record for record in store.find([Path("a")]) if record.access == "white_box")
+    copy = command(*shlex.split(copied(one))[3:], "hydra.run.dir=b")
+    folder = copy.folder
+    assert f"found ({one.key})" in copy.out, "the command of a cell leads to it"
     assert not list((folder / "b").glob("wandb/*run-*")), "every cell was found: no empty run"
     (run,) = (folder / "a").glob("wandb/offline-run-*")
     found = read_run(run)

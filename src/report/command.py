@@ -1,7 +1,7 @@
 """The command that measures a cell again, word for word what to type, from its record alone.
 
 A record keeps the resolved config of its job. What differs from the choices in ``conf/`` under the names in the record
-becomes an override; nothing is guessed from how the job was started (an experiment, a sweep, another order).
+becomes an override. A cell is known by its variant as well: the overrides that are in it are given as they were.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,36 +47,86 @@ def _typed(item: str, *choices: str) -> str:
 
 
 def _changes(record: Record) -> Iterator[str]:
+    """The overrides of the variant, and what else it takes to come to the config."""
+    said = store.changes(record)
+    added = tuple(item for item in said if item.startswith("+"))  # an experiment, if conf/ still has it
+    if _composed(*added) is None:
+        added = ()
+    parts = _parts(record, (item for item in said if not item.startswith("+") and _chooses(item)), added)
+    yield from added
+    for chosen in parts.values():
+        yield from chosen
+    left = list(_differences(record, added, parts))
+    for item in (each for each in said if not _chooses(each)):
+        covered = [change for change in left if _same(item, change)]
+        left = [change for change in left if change not in covered]
+        new = not item.startswith("~") and any(change.startswith("++") for change in covered)
+        yield f"++{item}" if new else item
+    yield from left
+
+
+def _chooses(item: str) -> bool:
+    return item.startswith("+") or "@" in item.partition("=")[0]
+
+
+def _same(item: str, change: str) -> bool:
+    """Whether two overrides are of one key, or one is of a part of the other; a choice has parts of its own."""
+    one, other = store.what(item), store.what(change)
+    return one == other or f"{other}.".startswith(f"{one}.") or ("." in other and f"{one}.".startswith(f"{other}."))
+
+
+def _parts(record: Record, items: Iterable[str], added: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Root of a key → what is chosen below it, such as a part of a chain or the surrogate, where conf/ still has it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        root = store.what(item).partition(".")[0]
+        before = (*([f"{root}={getattr(record, root)}"] if root in _GROUPS else []), *added, *found.get(root, ()))
+        typed = _typed(item, *before)
+        if _composed(*before, typed) is not None:
+            found[root] = (*found.get(root, ()), typed)
+    return found
+
+
+def _differences(record: Record, added: tuple[str, ...], parts: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     config = record.config
     roots = {name: config[name] for name in ("seed", "limit", "paths", "threat") if name in config}
     context = json.dumps(roots, sort_keys=True)
-    base = _base("dataset", record.dataset, context) or {}
+    base = _base("dataset", context, f"dataset={record.dataset}", *added) or {}
     for name in _PLAIN:
         if name in config and config[name] != base.get(name, config[name]):
             yield f"{name}={_value(config[name])}"
-    defaults = _defaults()
+    defaults = _composed(*added) or {}
     for name in ("limit", "paths"):
         yield from _difference(name, defaults.get(name, {}), config.get(name, {}))
     threat = {k: v for k, v in config.get("threat", {}).items() if k not in ("eps", "access")}
-    usual = _base("threat", record.norm, "{}") or {}
+    usual = _base("threat", "{}", f"threat={record.norm}", *added) or {}
     yield from _difference("threat", {k: v for k, v in usual.get("threat", {}).items() if k in threat}, threat)
     for group in _GROUPS:
-        chosen = _base(group, getattr(record, group), context)
+        chosen = _base(group, context, f"{group}={getattr(record, group)}", *added, *parts.get(group, ()))
         if chosen is not None:  # a choice that is no longer in conf/ has its name only
             yield from _difference(group, chosen[group], config.get(group, {}))
-    yield from _nearest("trainer", "trainer=", config.get("trainer"), context)
+    yield from _nearest("trainer", "trainer=", config.get("trainer"), context, added)
     yield from _difference("callbacks", {}, store.beside(config).get("callbacks", {}))
-    if config.get("surrogate"):
-        yield from _nearest("classifier", "+classifier@surrogate=", config["surrogate"], context, "surrogate")
+    if parts.get("surrogate"):
+        chosen = _base("surrogate", context, *added, *parts["surrogate"]) or {}
+        yield from _difference("surrogate", chosen.get("surrogate") or {}, config.get("surrogate") or {})
+    elif config.get("surrogate"):
+        yield from _nearest("classifier", "+classifier@surrogate=", config["surrogate"], context, added, "surrogate")
 
 
-def _nearest(group: str, prefix: str, node: Any, context: str, key: str | None = None) -> Iterator[str]:
+def _nearest(
+    group: str, prefix: str, node: Any, context: str, added: tuple[str, ...], key: str | None = None
+) -> Iterator[str]:
     """A choice whose name the record does not hold: the one that needs the fewest overrides."""
     if not node:
         return
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    found = [(name, _base(group, name, context)) for name in names]
-    ranked = [(list(_difference(key or group, base[group], node)), name) for name, base in found if base]
+    ranked: list[tuple[list[str], str]] = []
+    for name in sorted(names, key=lambda name: name != "cpu"):  # the usual trainer first: each takes a while to compose
+        if base := _base(group, context, f"{group}={name}", *added):
+            ranked.append((list(_difference(key or group, base[group], node)), name))
+            if not ranked[-1][0]:
+                break
     if ranked:
         changes, name = min(ranked, key=lambda each: (len(each[0]), each[1]))
         if key or changes or name != "cpu":
@@ -110,16 +160,11 @@ def _value(value: Any) -> str:
 
 
 @cache
-def _defaults() -> dict[str, Any]:
-    return _composed() or {}
-
-
-@cache
-def _base(group: str, name: str, context: str) -> dict[str, Any] | None:
-    """The config with this choice, its references to seed, limit and paths resolved as the record has them."""
+def _base(group: str, context: str, *choices: str) -> dict[str, Any] | None:
+    """A node of the config with these choices, references to seed, limit and paths resolved as the record has them."""
     from omegaconf import OmegaConf
 
-    raw = _composed(f"{group}={name}")
+    raw = _composed(*choices)
     if raw is None:
         return None
     given = json.loads(context)
