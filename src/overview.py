@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells, broken = read_records(options.artifacts, options.records)
         stages = scan(options.artifacts, cells)
         if options.command == "verify":
-            return _verify(stages, broken)
+            return _verify(stages, broken + _without_verdicts(options.artifacts / "records", cells))
         if options.command == "gc":
             return _gc(stages, broken, yes=options.yes)
         _print(stages)
@@ -213,6 +213,18 @@ def _gc(stages: Sequence[Stage], broken: Sequence[str], *, yes: bool) -> int:
             shutil.rmtree(stage.path)
         print(f"freed {total}")
     return 0
+
+
+def _without_verdicts(folder: Path, cells: Iterable[Record]) -> list[str]:
+    """One line for each cached record whose verdicts of the images, in the file beside it, are gone or damaged."""
+    found = []
+    for key in sorted({cell.key for cell in cells if cell.status == "done"}):
+        if (folder / f"{key}.json").exists():  # other folders of records may lack what only figures need
+            try:
+                store.check_sidecar(folder / f"{key}.npz")
+            except UserError as error:
+                found.append(str(error))
+    return found
 
 
 def _verify(stages: Sequence[Stage], broken: Sequence[str]) -> int:

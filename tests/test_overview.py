@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -38,6 +39,7 @@ def root(tmp_path: Path) -> Path:
     cell = {"dataset": "d", "classifier": "c", "defense": "v", "attack": "a", "norm": "linf", "eps": 0.1}
     record = Record(key="eeee", access="gray_box", seed=0, uses=["bbbb"], **cell)  # type: ignore[arg-type]
     records.save(record, tmp_path / "artifacts" / "records")
+    records.save_sidecar(tmp_path / "artifacts" / "records" / "eeee.npz", {"label": np.arange(9)})
     for folder in (tmp_path / "artifacts").glob("*/????"):
         _made(folder, hours_ago=YOUNG + 1)
     return tmp_path / "artifacts"
@@ -79,6 +81,22 @@ def test_verify_finds_damage_and_says_so_by_its_exit_code(root: Path, capsys: py
     assert "aaaa: damaged: weights.pt" in out
     assert "eeee.json: not a record" in out
     assert "3 damaged" in out
+
+
+@pytest.mark.parametrize("fault", ["truncated", "deleted"])
+def test_verify_looks_at_the_verdicts_beside_a_record(
+    root: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    elsewhere = root.parent / "run" / "records"
+    shutil.copytree(root / "records", elsewhere)
+    verdicts = root / "records" / "eeee.npz"
+    verdicts.write_bytes(verdicts.read_bytes()[:100])
+    if fault == "deleted":
+        verdicts.unlink()
+    assert main(["verify", "--artifacts", str(root), "--records", str(elsewhere)]) == 1
+    out = capsys.readouterr().out
+    assert "eeee.npz: damaged" in out
+    assert "1 damaged" in out
 
 
 def test_gc_shows_first_and_frees_only_what_nothing_needs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
