@@ -109,12 +109,21 @@ class AttackedImages:
         if role == "defense":  # its key may name no stage
             about["made_from"] = {name: key for name, key in self.subject.made.items() if name != "surrogate"}
         what = f"examples {self.names.attack} {threat.norm} eps {threat.eps:.4g} on {role}"
+        on = f"{role} {getattr(self.names, role, '')}"
 
         def make(folder: Path) -> None:
             keep = {"image": None, "clean": None if self.attack.minimal else LOOKED_AT["full"]}
             self.test(model, self._callback(threat, target), path=folder / "examples.pt", keep=keep)
 
-        return self.stages.make("examples", content_key(**parts), what=what, build=make, about=about)
+        return self.stages.make(
+            "examples",
+            content_key(**parts),
+            what=what,
+            build=make,
+            about=about,
+            like=(on, f"examples {self.names.attack} on {self.data.spec.name}"),
+            images=len(self.data.test),
+        )
 
     def shown(self, images: Tensor, seed: int | None = None) -> Table:
         """What the defended model makes of attacked images; ``seed``: under another draw of its randomness."""

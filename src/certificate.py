@@ -21,7 +21,7 @@ RADII = [0.25 * step for step in range(13)]  # l2, of the certified curve
 def certified(
     subject: Subject, keys: dict[str, str], data: ImageDataModule, stages: Stages, job: Job
 ) -> tuple[str, dict[str, Any]]:
-    """The key of the certificate's stage, and the fields of a record that come from it.
+    """The key of the certificate's stage, and the fields of a record that come from it; in a plan there are none.
 
     Args:
         subject: its defended model has ``certify``.
@@ -50,7 +50,17 @@ def certified(
         records.save_tensors(torch.cat(radii), folder / "radius.pt")
 
     key = content_key(**parts)
-    folder = stages.make("certificate", key, what="certificate", build=make, about=parts | {"made_from": subject.made})
+    folder = stages.make(
+        "certificate",
+        key,
+        what="certificate",
+        build=make,
+        about=parts | {"made_from": subject.made},
+        like=(f"certificate on {data.spec.name}",),
+        images=count,
+    )
+    if stages.plan:
+        return key, {}
     radius = torch.load(folder / "radius.pt", weights_only=True)
     curve = {f"{r:g}": float((radius >= r).double().mean()) for r in RADII}
     return key, {"certified_n": count, "certified": curve}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +20,8 @@ class Plan:
     """Cells and stages by key; ``True`` where the cache has it.
 
     Attributes:
-        cells: of each cell, whether its record is there and what it is: attack, defense, access.
-        stages: of each stage, whether it is there, its kind and its words.
+        cells: of each cell, whether its record is there and what it is: attack, defense, access, images.
+        stages: of each stage, whether it is there, its words and what :meth:`src.stages.Stages.make` was told of it.
     """
 
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -28,7 +30,7 @@ class Plan:
 
 
 def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]]) -> str:
-    """The plan in words, with the time that such cells and stages took before.
+    """The plan in words, with the time that such cells and stages took before, image for image.
 
     Args:
         records: cells measured so far.
@@ -36,10 +38,10 @@ def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]
     """
     cells = [cell for cell in plan.cells.values() if not cell["present"]]
     stages = [stage for stage in plan.stages.values() if not stage["present"]]
-    before = [(_shape(_facts(record)), record.wall_seconds) for record in records if record.status == "done"]
-    made = [((str(meta["what"]), str(meta["kind"])), float(meta["seconds"])) for meta in metas]
-    times = [_estimate(_shape(cell), before) for cell in cells]
-    times += [_estimate((stage["what"], stage["kind"]), made) for stage in stages]
+    before = _estimator((_shape(vars(record)), record.n, record.wall_seconds) for record in records)
+    made = _estimator((tuple(meta["like"]), meta["images"], meta["seconds"]) for meta in metas)
+    times = [before(_shape(cell), cell["n"]) for cell in cells]
+    times += [made(stage["like"], stage["images"]) for stage in stages]
     known = [seconds for seconds in times if seconds is not None]
     unknown = len(times) - len(known)
     lines = [
@@ -54,22 +56,34 @@ def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]
     return "\n".join(lines)
 
 
-def _facts(record: Record) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in ("attack", "defense", "access", "dataset")}
-
-
 def _shape(cell: dict[str, Any]) -> tuple[str, ...]:
-    """What decides how long a cell takes, the weightiest last."""
-    return tuple(str(cell[name]) for name in ("access", "defense", "attack", "dataset"))
+    """What decides how long a cell takes, the weightiest last: fgsm tells nothing of square, nor digits of cifar10."""
+    names = (str(cell[name]) for name in ("variant", "access", "classifier", "defense"))
+    return (*names, f"{cell['attack']} on {cell['dataset']}")
 
 
-def _estimate(shape: tuple[str, ...], before: Sequence[tuple[tuple[str, ...], float]]) -> float | None:
-    """Median of those most alike: the same in all, else in all but the first part, and so on."""
-    for start in range(len(shape)):
-        alike = [seconds for other, seconds in before if other[start:] == shape[start:]]
-        if alike:
-            return median(alike)
-    return None
+def _estimator(
+    before: Iterable[tuple[tuple[str, ...], int, float]],
+) -> Callable[[tuple[str, ...], int], float | None]:
+    """Seconds of what has a shape and goes through so many images, by what was made before: shape, images, seconds.
+
+    The median of those most alike: the same in all parts of the shape, else in all but the first, and so on. Of these
+    the ones with as many images count, else all of them, image for image.
+    """
+    known: dict[tuple[str, ...], list[tuple[int, float]]] = defaultdict(list)
+    for shape, images, seconds in before:
+        for start in range(len(shape) if images else 0):
+            known[shape[start:]].append((images, seconds))
+
+    @functools.cache  # of thousands of cells many are alike
+    def estimate(shape: tuple[str, ...], images: int) -> float | None:
+        for start in range(len(shape)):
+            if alike := known.get(shape[start:]):
+                same = [(count, seconds) for count, seconds in alike if count == images]
+                return median(seconds / count * images for count, seconds in same or alike)
+        return None
+
+    return estimate
 
 
 def _time(seconds: float) -> str:
@@ -94,5 +108,6 @@ def _metas(root: Path) -> list[dict[str, Any]]:
             continue
         with suppress(OSError, ValueError, KeyError, TypeError):
             meta = json.loads(path.read_text())
-            found.append({"what": meta["what"], "kind": meta["kind"], "seconds": float(meta["seconds"])})
+            like, images = [str(word) for word in meta["like"]], int(meta["images"])
+            found.append({"like": like, "images": images, "seconds": float(meta["seconds"])})
     return found

@@ -94,7 +94,7 @@ class Record(BaseModel):
     host: str = ""
     device: str = ""
     created: str = ""  # ISO 8601, UTC
-    wall_seconds: float = 0.0
+    wall_seconds: float = 0.0  # without the making of stages
 
     @property
     def gap_key(self) -> tuple[object, ...]:

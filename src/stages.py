@@ -35,6 +35,7 @@ class Stages:
         self.asked: dict[str, dict[str, Any]] = {}
         self.folders: list[Path] = []  # of all the stages asked for
         self.used: list[str] = []  # keys of the stages that were found or made
+        self.seconds = 0.0  # that finding, making and waiting for them took
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -44,7 +45,17 @@ class Stages:
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise UserError(f"paths.artifacts={root}: not writable; name a folder you can write to")
 
-    def make(self, kind: str, key: str, *, what: str, build: Callable[[Path], None], about: dict[str, Any]) -> Path:
+    def make(
+        self,
+        kind: str,
+        key: str,
+        *,
+        what: str,
+        build: Callable[[Path], None],
+        about: dict[str, Any],
+        like: tuple[str, ...] = (),
+        images: int = 0,
+    ) -> Path:
         """The folder of a stage, found or made.
 
         Args:
@@ -54,36 +65,44 @@ class Stages:
             build: writes the stage's files into the folder it is given. What an earlier, interrupted ``build`` left
                 there is still in it.
             about: written to ``meta.json``: what the key was made of, for people and tools.
+            like: words for what decides how long ``build`` takes, the weightiest last, by which a plan finds others
+                like it; none: no plan goes by it.
+            images: how many it goes through, one by one; a plan scales the time by it.
         """
         final = self.root / kind / key
         self.used.append(key)
         self.folders.append(final)
         if self.plan:
-            self.asked[key] = {"kind": kind, "what": what, "present": final.exists()}
+            self.asked[key] = {
+                "kind": kind, "what": what, "like": like, "images": images, "present": final.exists()
+            }  # fmt: skip
             return final
+        entered = time.perf_counter()
         final.parent.mkdir(parents=True, exist_ok=True)
         with alone(final.parent / f".{key}.lock", what):
             if self._intact(final):
                 log.info("%s: found (%s)", what, key)
-                return final
-            partial = final.parent / f".{key}.partial"
-            partial.mkdir(exist_ok=True)
-            clear(partial, "meta.json", ".*.part")  # of a try that ended here: no files of the stage
-            log.info("%s: making it (%s)%s", what, key, ", resuming" if any(partial.iterdir()) else "")
-            started = time.perf_counter()
-            build(partial)
-            meta = {
-                "kind": kind,
-                "key": key,
-                "what": what,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seconds": round(time.perf_counter() - started, 2),
-                "files": {path.name: file_digest(path) for path in sorted(partial.iterdir())},
-                "about": about,
-            }
-            write_whole(partial / "meta.json", json.dumps(meta, indent=1, default=str).encode())
-            partial.rename(final)
+            else:
+                facts = {"kind": kind, "key": key, "what": what, "like": like, "images": images, "about": about}
+                self._build(final, build, facts)
+        self.seconds += time.perf_counter() - entered
         return final
+
+    @staticmethod
+    def _build(final: Path, build: Callable[[Path], None], facts: dict[str, Any]) -> None:
+        partial = final.parent / f".{final.name}.partial"
+        partial.mkdir(exist_ok=True)
+        clear(partial, "meta.json", ".*.part")  # of a try that ended here: no files of the stage
+        log.info("%s: making it (%s)%s", facts["what"], final.name, ", resuming" if any(partial.iterdir()) else "")
+        started = time.perf_counter()
+        build(partial)
+        made = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - started, 2),
+            "files": {path.name: file_digest(path) for path in sorted(partial.iterdir())},
+        }
+        write_whole(partial / "meta.json", json.dumps(facts | made, indent=1, default=str).encode())
+        partial.rename(final)
 
     def _intact(self, folder: Path) -> bool:
         """Whether the stage is there and whole; a damaged one is set aside, never deleted."""

@@ -209,7 +209,15 @@ class Workshop:
 
         key = content_key(**about)
         about["made_from"] = dict(self.made)  # for people and gc: the defense's key may name no stage
-        folder = self.stages.make("thresholds", key, what="thresholds of the detector", build=scored, about=about)
+        folder = self.stages.make(
+            "thresholds",
+            key,
+            what="thresholds of the detector",
+            build=scored,
+            about=about,
+            like=(f"thresholds on {self.data.spec.name}",),
+            images=len(self.data.val),
+        )
         self.made["thresholds"] = key
         if self.stages.plan:
             return key
@@ -257,7 +265,15 @@ class Workshop:
             )
 
         kind = "defense" if isinstance(module, Defense) else "classifier"  # a surrogate is one too
-        folder = self.stages.make(kind, key, what=what, build=train, about=about)
+        folder = self.stages.make(
+            kind,
+            key,
+            what=what,
+            build=train,
+            about=about,
+            like=(what, f"{kind} on {self.data.spec.name}"),
+            images=recipe.epochs * len(self.data.train),
+        )
         if not self.stages.plan:
             load_weights(module, folder / "weights.pt", str(folder))
         if recipe.channels_last:

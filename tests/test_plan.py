@@ -7,15 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 
 from src import job, records
+from src.attacked import AttackedImages
 from src.plan import Plan, report, show
 from src.records import Record
+from src.threat import Access
 from src.tracking import NoTracker
 from tests.conftest import Outcome
+from tests.test_keys import planned
 from tests.test_pipeline import SMALL, ok
 
 Command = Callable[..., Outcome]
@@ -105,34 +109,97 @@ def test_cached_cells_start_no_run_and_draw_nothing(command: Command, tmp_path: 
 def test_a_plan_passes_over_what_a_run_would_mend(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    whole = json.dumps({"kind": "classifier", "what": "classifier x on d", "seconds": 40})
+    like = ("classifier x on d", "classifier on d")
+    whole = json.dumps({"like": like, "images": 100, "seconds": 40})
     for name, meta in (("aaaa", whole), ("bbbb", text), ("cccc.damaged-1", text), (".dddd.partial", text)):
         (tmp_path / "classifier" / name).mkdir(parents=True)
         (tmp_path / "classifier" / name / "meta.json").write_text(meta)
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "eeee.json").write_text(text)
-    stage = {"kind": "classifier", "what": "classifier x on d", "present": False}
+    stage = {"what": "classifier x on d", "like": like, "images": 100, "present": False}
     show(Plan(stages={"s": stage}, artifacts=str(tmp_path)))
     assert "about 40 s" in capsys.readouterr().out
 
 
+def cell(**changes: object) -> dict[str, object]:
+    known = {"dataset": "d", "classifier": "c", "attack": "pgd", "defense": "vae", "access": "white_box", "variant": ""}
+    return known | {"n": 100, "present": False} | changes
+
+
+def took(seconds: float, **changes: object) -> Record:
+    shape = {name: value for name, value in cell(**changes).items() if name != "present"}
+    return Record(**shape, key="k", norm="linf", eps=0.1, seed=0, wall_seconds=seconds)  # type: ignore[arg-type]
+
+
+def stage(name: str, dataset: str = "d", images: int = 100) -> dict[str, object]:
+    what = f"classifier {name} on {dataset}"
+    return {"what": what, "like": (what, f"classifier on {dataset}"), "images": images, "present": False}
+
+
 def test_time_is_that_of_the_most_alike() -> None:
-    def cell(**changes: object) -> dict[str, object]:
-        known = {"dataset": "d", "attack": "pgd", "defense": "vae", "access": "white_box", "present": False}
-        return known | changes
-
-    def took(seconds: float, **changes: object) -> Record:
-        shape = {name: value for name, value in cell(**changes).items() if name != "present"}
-        more = {"key": "k", "classifier": "c", "norm": "linf", "eps": 0.1, "seed": 0, "wall_seconds": seconds}
-        return Record(**shape, **more)  # type: ignore[arg-type]
-
     before = [took(100.0), took(200.0), took(5.0, access="gray_box"), took(1000.0, attack="square")]
     plan = Plan(cells={"a": cell(), "b": cell(access="gray_box"), "c": cell(defense="other"), "d": cell(present=True)})
     # 150 (median of the same), 5, 100 (median of pgd on d); the one that is there costs nothing
     assert "about 4 min" in report(plan, before, [])
-    plan = Plan(stages={"s": {"kind": "classifier", "what": "classifier x on d", "present": False}})
-    assert "about 40 s" in report(plan, [], [{"kind": "classifier", "what": "classifier y on d", "seconds": 40}])
+    plan = Plan(stages={"s": stage("x")})
+    assert "about 40 s" in report(plan, [], [stage("y") | {"seconds": 40}])
     assert "1 of which nothing is known yet" in report(plan, [], [])
+
+
+def test_time_of_another_size_counts_image_for_image() -> None:
+    """A short try beforehand tells how long the whole takes, until there is one of the same size."""
+    plan = Plan(cells={"a": cell(n=10_000)}, stages={"s": stage("x", images=600_000)})
+    short = [took(6.0, n=100, variant="debug=quick")]
+    trial = stage("x", images=500) | {"seconds": 1}
+    assert "about 30 min" in report(plan, short, [trial])  # 600 s and 1200 s
+    whole = stage("x", images=600_000) | {"seconds": 180}
+    assert "about 4 min" in report(plan, [*short, took(60.0, n=10_000)], [trial, whole])
+
+
+def test_other_attacks_and_other_data_tell_nothing_of_the_time() -> None:
+    plan = Plan(cells={"a": cell()}, stages={"s": stage("x")})
+    told = report(plan, [took(9.0, attack="fgsm"), took(9.0, dataset="e")], [stage("x", "e") | {"seconds": 40}])
+    assert "time unknown; 2 of which nothing is known yet" in told
+
+
+def test_what_a_stage_took_is_no_time_of_the_cell_that_was_first_to_need_it(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    test = AttackedImages.test
+
+    def slow(self: AttackedImages, *args: Any, **options: Any) -> Any:
+        clock[0] += 1000 if options.get("path") else 1  # a stage's images are kept in a file
+        return test(self, *args, **options)
+
+    monkeypatch.setattr(AttackedImages, "test", slow)
+    small = ("limit.epochs=1", "limit.train_images=60", "limit.test_images=4", "threat.access=gray_box")
+    ok(command(*SMALL, *small, "threat.eps=0.1", "defense=none"))
+    (record,) = records.find([tmp_path / "artifacts"])
+    (examples,) = (tmp_path / "artifacts" / "examples").glob("*/meta.json")
+    assert json.loads(examples.read_text())["seconds"] == 1000
+    assert 1 <= record.wall_seconds < 1000
+
+
+def test_a_cell_without_its_verdicts_is_to_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = planned("defense=jpeg")
+    verdicts = tmp_path / "artifacts" / "records" / f"{bench.planned(0.1, Access.WHITE_BOX)['key']}.npz"
+    records.save_sidecar(verdicts, {"label": np.arange(9)})
+    verdicts.with_suffix(".json").touch()
+    assert bench.planned(0.1, Access.WHITE_BOX)["present"]
+    verdicts.write_bytes(verdicts.read_bytes()[:100])
+    assert not bench.planned(0.1, Access.WHITE_BOX)["present"]
+    verdicts.unlink()
+    assert not bench.planned(0.1, Access.WHITE_BOX)["present"]
+
+
+def test_the_certificate_is_part_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = planned("defense=smoothing")
+    bench.planned(0.1, Access.WHITE_BOX)
+    assert sorted(stage["kind"] for stage in bench.stages.asked.values()) == ["certificate", "classifier", "defense"]
 
 
 def test_each_job_of_a_sweep_is_composed_once_and_has_a_config_of_its_own(
