@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from src.errors import UserError
 from src.keys import content_key
@@ -64,13 +66,21 @@ def with_folder(arguments: Sequence[str], sweeps: Path = Path("multirun")) -> li
         return list(arguments)
     asked = _measured(arguments)
     for file in sorted(sweeps.glob("*/*/multirun.yaml"), reverse=True):
-        before: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        if _measured(before["hydra"]["overrides"]["task"]) == asked:
+        if _of(file) == asked:
             return [*arguments, f"hydra.sweep.dir={file.parent}"]
     raise UserError(
         f"{FLAG}: no earlier sweep of this command under {sweeps}/. Give it as it was given then, with -m, or name its "
         "folder: hydra.sweep.dir=FOLDER"
     )
+
+
+def _of(file: Path) -> set[str] | None:
+    """What a sweep measures by its ``multirun.yaml``; None where a full disk left that empty or half."""
+    try:
+        before: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        return _measured(str(override) for override in before["hydra"]["overrides"]["task"])
+    except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException):
+        return None
 
 
 def _measured(arguments: Iterable[str]) -> set[str]:

@@ -295,6 +295,20 @@ def test_retry_without_a_sweep_to_retry_is_one_line(tmp_path: Path, monkeypatch:
     assert retry.with_folder(["-m", "attack=pgd"]) == ["-m", "attack=pgd"]
 
 
+@pytest.mark.parametrize(
+    "text", ["", "hydra:\n  overrides:\n    task", "hydra:\n  overrides:\n    'ta", "a: ${b", "\x00"]
+)
+def test_retry_passes_over_a_sweep_whose_settings_a_full_disk_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("10-00-00", "11-00-00"):
+        (Path("multirun/day") / name).mkdir(parents=True)
+        OmegaConf.save({"hydra": {"overrides": {"task": ["logger=none"]}}}, f"multirun/day/{name}/multirun.yaml")
+    Path("multirun/day/11-00-00/multirun.yaml").write_text(text)
+    assert retry.with_folder(["-m", "logger=none", retry.FLAG])[-1] == "hydra.sweep.dir=multirun/day/10-00-00"
+
+
 def test_a_sweep_with_other_callbacks_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is trained with them is another model."""
     monkeypatch.chdir(tmp_path)
