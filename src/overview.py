@@ -20,7 +20,7 @@ from src.errors import UserError
 from src.keys import file_digest
 from src.records import Record
 
-YOUNG = 24  # hours within which gc takes a stage for one that a job is still at work with, its first record to come
+YOUNG = 24  # hours after its last use in which gc takes a stage for one that a job still needs, its record to come
 
 
 @dataclass
@@ -49,9 +49,8 @@ def scan(root: Path, cells: Iterable[Record] = ()) -> list[Stage]:
         for path in sorted(kind.iterdir()) if path.is_dir()
     ]  # fmt: skip
     whole = {stage.key: stage for stage in stages if not stage.leftover}
-    for stage in whole.values():
-        stage.reads = sorted({key for key in _texts(json.loads((stage.path / "meta.json").read_text())["about"])
-                              if key in whole and key != stage.key})  # fmt: skip
+    for stage in stages:
+        stage.reads = [key for key in stage.reads if key in whole and key != stage.key]
     needs: Counter[str] = Counter()
     for cell in cells:
         # Records of earlier versions name the models only.
@@ -64,18 +63,18 @@ def scan(root: Path, cells: Iterable[Record] = ()) -> list[Stage]:
 def _stage(path: Path) -> Stage:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     stage = Stage(path=path, kind=path.parent.name, key=path.name, size=size)
+    if ".damaged-" in path.name:
+        stage.leftover = "damaged, set aside"
+        return stage
     if path.name.startswith("."):
         stage.leftover = "interrupted; running the same command again goes on from it"
-    elif ".damaged-" in path.name:
-        stage.leftover = "damaged, set aside"
-    else:
-        try:
-            meta = json.loads((path / "meta.json").read_text())
-            stage.what, stage.created, stage.seconds = meta["what"], meta["created"], float(meta["seconds"])
-            stage.files = dict(meta["files"])
-            _ = meta["about"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            stage.leftover = f"meta.json cannot be read ({type(error).__name__})"
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        stage.what, stage.reads = meta["what"], sorted({*_texts(meta["about"]), *meta.get("beside", ())})
+        if not stage.leftover:
+            stage.created, stage.seconds, stage.files = meta["created"], float(meta["seconds"]), dict(meta["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stage.leftover = stage.leftover or f"meta.json cannot be read ({type(error).__name__})"
     return stage
 
 
@@ -100,18 +99,22 @@ def _reachable(keys: Iterable[str], stages: dict[str, Stage]) -> set[str]:
 
 
 def _spared(stages: Sequence[Stage]) -> set[str]:
-    """Keys of what was made or worked at lately, and of the stages it was made from."""
+    """Keys of what was made, used or worked at lately or is being made, and of the stages that this needs."""
     whole = {stage.key: stage for stage in stages if not stage.leftover}
-    since = time.time() - YOUNG * 3600
     # A checkpoint is written over the one before, of which the folder's own time knows nothing.
-    young = {s.key for s in stages if max(path.stat().st_mtime for path in (s.path, *s.path.rglob("*"))) > since}
-    return young | _reachable(young, whole)
+    used = {s.key: max(path.stat().st_mtime for path in (s.path, *s.path.rglob("*"))) for s in stages}
+    since = time.time() - YOUNG * 3600
+    young = [stage for stage in stages if used[stage.key] > since or _held(stage)]
+    return {stage.key for stage in young} | _reachable([key for stage in young for key in stage.reads], whole)
 
 
 def _held(stage: Stage) -> bool:
     """Whether a process is making this stage right now."""
     key = stage.key.removeprefix(".").removesuffix(".partial")
-    lock = FileLock(stage.path.with_name(f".{key}.lock"))
+    path = stage.path.with_name(f".{key}.lock")
+    if not path.exists():
+        return False
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -197,12 +200,13 @@ def _gc(stages: Sequence[Stage], broken: Sequence[str], *, yes: bool) -> int:
             "again, then gc"
         )
     spared = _spared(stages)
-    unused = [stage for stage in stages if not stage.users and not _held(stage)]
+    unused = [stage for stage in stages if not stage.users]
     free = [stage for stage in unused if stage.key not in spared]
     _print(free)
     total = human(sum(stage.size for stage in free))
     if kept := len(unused) - len(free):
-        print(f"{kept} that no record needs are spared: made in the last {YOUNG} hours, or what such were made from")
+        print(f"{kept} that no record needs are spared: made in the last {YOUNG} hours, used then, or needed for what "
+              "is being made")  # fmt: skip
     if not free:
         print("nothing to free: every other stage is needed by a record" if kept else
               "nothing to free: every stage is needed by a record")  # fmt: skip

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,23 +85,28 @@ class Stages:
             else:
                 facts = {"kind": kind, "key": key, "what": what, "like": like, "images": images, "about": about}
                 self._build(final, build, facts)
+        for folder in self.folders:  # all that the job works with: gc goes by the last use
+            with suppress(OSError):  # somebody else's
+                os.utime(folder)
         self.seconds += time.perf_counter() - entered
         return final
 
-    @staticmethod
-    def _build(final: Path, build: Callable[[Path], None], facts: dict[str, Any]) -> None:
+    def _build(self, final: Path, build: Callable[[Path], None], facts: dict[str, Any]) -> None:
         partial = final.parent / f".{final.name}.partial"
         partial.mkdir(exist_ok=True)
         clear(partial, "meta.json", ".*.part")  # of a try that ended here: no files of the stage
         log.info("%s: making it (%s)%s", facts["what"], final.name, ", resuming" if any(partial.iterdir()) else "")
+        beside = [folder.name for folder in self.folders]  # gc leaves alone what the job has and will want again
+        write_whole(partial / "meta.json", _json(facts | {"beside": beside}))
         started = time.perf_counter()
         build(partial)
+        files = [path for path in sorted(partial.iterdir()) if path.name != "meta.json"]
         made = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started, 2),
-            "files": {path.name: file_digest(path) for path in sorted(partial.iterdir())},
+            "files": {path.name: file_digest(path) for path in files},
         }
-        write_whole(partial / "meta.json", json.dumps(facts | made, indent=1, default=str).encode())
+        write_whole(partial / "meta.json", _json(facts | made))
         partial.rename(final)
 
     def _intact(self, folder: Path) -> bool:
@@ -119,6 +124,10 @@ class Stages:
         folder.rename(aside)
         log.warning("%s: damaged (%s); set aside as %s and made again", folder, ", ".join(broken), aside.name)
         return False
+
+
+def _json(facts: dict[str, Any]) -> bytes:
+    return json.dumps(facts, indent=1, default=str).encode()
 
 
 @contextmanager

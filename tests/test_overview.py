@@ -142,6 +142,29 @@ def test_gc_spares_what_a_job_may_be_at_work_with_before_its_first_record(
     assert not (root / "defense" / "cccc").exists()
 
 
+@pytest.mark.parametrize("at_work", [True, False])
+def test_gc_spares_what_is_needed_for_a_stage_that_is_being_made(root: Path, at_work: bool) -> None:
+    """What it is made from, and the model that its job had trained before, all of them days old."""
+    (root / "records" / "eeee.json").unlink()
+    job = Stages(root)
+    for kind, key in (("classifier", "aaaa"), ("defense", "cccc")):
+        job.make(kind, key, what="found", build=lambda _: pytest.fail("made again"), about={})
+
+    def training(folder: Path) -> None:
+        (folder / "last.ckpt").touch()
+        for path in (folder, *root.glob("*/????")):
+            _made(path, hours_ago=YOUNG + 1)
+        assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.make("defense", "dddd", what="a long training", build=training, about={"classifier": "aaaa"})
+    if not at_work:
+        assert main(["gc", "--artifacts", str(root), "--yes"]) == 0
+    left = {path.name for path in root.glob("*/*") if path.is_dir()}
+    assert left == ({"aaaa", "cccc", ".dddd.partial"} if at_work else set())
+
+
 def test_gc_spares_the_checkpoint_of_a_training_that_waits_to_go_on(root: Path) -> None:
     partial = root / "defense" / ".dddd.partial"
     partial.mkdir()

@@ -67,7 +67,16 @@ def test_a_build_that_fails_leaves_no_stage_and_the_next_goes_on_from_its_files(
 
     seen = []
     make(stages, lambda folder: (seen.extend(p.name for p in folder.iterdir()), write_result(folder)))
-    assert seen == ["epoch-1"]
+    assert sorted(seen) == ["epoch-1", "meta.json"]
+
+
+def test_a_stage_that_a_job_works_with_is_one_used_lately(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    first = make(stages)
+    for later in ("k1", "k2"):  # found again, and while another is made
+        os.utime(first, times=(0, 0))
+        make(stages, key=later)
+        assert first.stat().st_mtime > time.time() - 60
 
 
 @pytest.mark.parametrize("ends", ["while writing", "before the rename"])
