@@ -7,7 +7,6 @@ import json
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,12 +35,12 @@ class Stage:
     seconds: float = 0.0
     files: dict[str, str] = field(default_factory=dict)  # name → digest
     reads: list[str] = field(default_factory=list)  # keys of the stages it was made from
-    users: int = 0  # records that need it, themselves or through another stage
+    users: list[Record] = field(default_factory=list)  # that need it, themselves or through another stage
     leftover: str = ""  # why it is no stage: interrupted, set aside as damaged, without a readable meta.json
 
 
 def scan(root: Path, cells: Iterable[Record] = ()) -> list[Stage]:
-    """Everything under ``root`` but the records, with the number of ``cells`` that need it."""
+    """Everything under ``root`` but the records, each with those of the ``cells`` that need it."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder. Expected the artifacts of earlier runs: --artifacts DIR")
     stages = [
@@ -51,12 +50,10 @@ def scan(root: Path, cells: Iterable[Record] = ()) -> list[Stage]:
     whole = {stage.key: stage for stage in stages if not stage.leftover}
     for stage in stages:
         stage.reads = [key for key in stage.reads if key in whole and key != stage.key]
-    needs: Counter[str] = Counter()
-    for cell in cells:
+    for cell in {cell.key: cell for cell in cells}.values():  # that of a run is a copy of the cached one
         # Records of earlier versions name the models only.
-        needs.update(_reachable(cell.uses or cell.stages.values(), whole))
-    for key, stage in whole.items():
-        stage.users = needs[key]
+        for key in _reachable(cell.uses or cell.stages.values(), whole):
+            whole[key].users.append(cell)
     return stages
 
 
@@ -149,8 +146,20 @@ def _print(stages: Sequence[Stage]) -> None:
     for stage in stages:
         reads = ", ".join(stage.reads) or "-"
         table.add_row(stage.kind, stage.key, stage.leftover or stage.what, reads, f"{stage.seconds:.0f} s",
-                      human(stage.size), str(stage.users))  # fmt: skip
+                      human(stage.size), str(len(stage.users)))  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _print_users(stages: Sequence[Stage], keys: Sequence[str]) -> None:
+    if unknown := sorted(set(keys) - {stage.key for stage in stages}):
+        raise UserError(f"ls {' '.join(unknown)}: no such stage. Expected keys that ls shows")
+    for stage in stages:
+        if stage.key in keys:
+            _print([stage])
+            for cell in sorted(stage.users, key=store.order):
+                variant = f" {cell.variant}" if cell.variant else ""
+                print(f"  {cell.key}: {cell.dataset} {cell.classifier} {cell.defense} {cell.attack} {cell.norm} "
+                      f"eps {cell.eps:.4g} {cell.access} seed {cell.seed}{variant}")  # fmt: skip
 
 
 def read_records(root: Path, more: Sequence[Path] = ()) -> tuple[list[Record], list[str]]:
@@ -171,20 +180,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 for wrong input or, from verify, damage."""
     parser = argparse.ArgumentParser(prog="python -m src.stages", description="What lies in the cache of stages.")
     parser.add_argument("command", choices=["ls", "verify", "gc"], help="list; compare files with their digests; free")
+    parser.add_argument(
+        "keys", nargs="*", metavar="KEY", help="ls: these stages alone, with the records that need them"
+    )
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="the cache (default: artifacts)")
     parser.add_argument("--records", type=Path, nargs="*", default=[], metavar="DIR",
                         help="further folders whose records keep stages alive, such as multirun/")  # fmt: skip
     parser.add_argument("--yes", action="store_true", help="gc: free what it shows")
     options = parser.parse_args(arguments)
     try:
+        if options.keys and options.command != "ls":
+            raise UserError(f"{options.command} {options.keys[0]}: only ls takes keys; {options.command} takes none")
         cells, broken = read_records(options.artifacts, options.records)
         stages = scan(options.artifacts, cells)
         if options.command == "verify":
             return _verify(stages, broken + _without_verdicts(options.artifacts / "records", cells))
         if options.command == "gc":
             return _gc(stages, broken, yes=options.yes)
-        _print(stages)
-        print(f"{len(stages)} stages, {human(sum(stage.size for stage in stages))}; {len(cells)} records")
+        if options.keys:
+            _print_users(stages, options.keys)
+        else:
+            _print(stages)
+            print(f"{len(stages)} stages, {human(sum(stage.size for stage in stages))}; {len(cells)} records")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

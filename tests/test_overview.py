@@ -58,7 +58,7 @@ def test_scan_knows_sizes_sources_and_users(root: Path) -> None:
     stages = {stage.key: stage for stage in scan(root, [records.load(root / "records" / "eeee.json")])}
     assert set(stages) == {"aaaa", "bbbb", "cccc"}
     assert stages["bbbb"].reads == ["aaaa"]
-    assert [stages[key].users for key in ("aaaa", "bbbb", "cccc")] == [1, 1, 0]  # aaaa through bbbb
+    assert [len(stages[key].users) for key in ("aaaa", "bbbb", "cccc")] == [1, 1, 0]  # aaaa through bbbb
     assert stages["aaaa"].size == sum(file.stat().st_size for file in (root / "classifier" / "aaaa").iterdir())
 
 
@@ -68,6 +68,20 @@ def test_ls_shows_them(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 stages" in out
     assert "1 records" in out
     assert "classifier aaaa" in out
+
+
+def test_ls_of_a_stage_names_the_records_that_need_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = root.parent / "run" / "records"
+    shutil.copytree(root / "records", run)
+    assert main(["ls", "aaaa", "cccc", "--artifacts", str(root), "--records", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("eeee: d c v a linf eps 0.1 gray_box seed 0") == 1
+    assert "bbbb" not in out
+    assert main(["ls", "zzzz", "--artifacts", str(root)]) == 1
+    assert "zzzz: no such stage" in capsys.readouterr().err
+    assert main(["gc", "cccc", "--yes", "--artifacts", str(root)]) == 1
+    assert "only ls takes keys" in capsys.readouterr().err
+    assert (root / "defense" / "cccc").exists()
 
 
 def test_verify_finds_damage_and_says_so_by_its_exit_code(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
