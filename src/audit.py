@@ -121,15 +121,16 @@ def composed(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from src import config
+    from src import config, several
     from src.train import CONF
 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            whole = compose("train", overrides=list(overrides), return_hydra_config=True)
+            whole = compose("train", overrides=several.understood(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(" ".join(str(error).split())) from None
     chosen = {str(name): str(value) for name, value in whole.hydra.runtime.choices.items()}
+    several.refuse(chosen)
     plain = {name: whole[name] for name in whole if name != "hydra"}
     from omegaconf import OmegaConf
 

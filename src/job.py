@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src import config, leaving, place, records, retry
+from src import config, leaving, place, records, retry, several
 from src.errors import UserError
 from src.keys import content_key
 from src.records import Record
@@ -71,6 +71,7 @@ def run(cfg: DictConfig, settings: str) -> None:
         (out / retry.MARK).unlink(missing_ok=True)
         for stale in (out / "records").glob(f"{FAILED}*.json"):  # of an earlier try in the same folder
             stale.unlink()
+        several.refuse(hydra.runtime.choices)
         job = config.parse(cfg)
         if (gpu := place.claim_gpu(job.trainer)) is not None:
             log.info("job %s: GPU %s", hydra.job.num, gpu)
@@ -128,8 +129,8 @@ def _measure(
         return  # the sweep's table shows them
     settings = job.model_dump(mode="json")
     known = {
-        "tags": [*(job.logger.get("tags") or []), *(names[k] for k in ("dataset", "classifier", "defense", "attack")),
-                 *map(str, job.access)],
+        "tags": [*(job.logger.get("tags") or []), names["dataset"], names["classifier"], *names["defense"].split("+"),
+                 names["attack"], *map(str, job.access)],
         "run_id": relog.run_id(names, settings),
     }  # fmt: skip
     tracker: NoTracker = NoTracker() if told else build(job.logger, "logger", **known)
@@ -174,7 +175,7 @@ def explain(error: BaseException) -> str:
 
 def names_of(choices: Mapping[str, Any], task: Iterable[str]) -> dict[str, str]:
     """What a cell is called, by what was chosen for it and the overrides of its job."""
-    names = {group: str(choices.get(group)) for group in ("dataset", "classifier", "defense", "attack")}
+    names = {group: str(choices.get(group) or "?") for group in ("dataset", "classifier", "defense", "attack")}
     # A plus says how a key is set, not to what. Of "~key" a sweep makes "~key=null".
     overrides = [
         item.split("=")[0] if item.startswith("~") else item if item.startswith(_ADDED) else item.lstrip("+")

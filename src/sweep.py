@@ -27,12 +27,13 @@ def planned(config: DictConfig) -> tuple[Plan, list[str]]:
         config: of the sweep, as Hydra's callbacks get it.
     """
     from src import config as schema
-    from src import job, pipeline
+    from src import job, pipeline, several
     from src.subject import Names
 
     whole, refused = Plan(), []
     for cfg, choices, overrides in _jobs(config):
         try:
+            several.refuse(choices)
             names = job.names_of(choices, overrides)
             part = pipeline.plan(schema.parse(cfg), Names(**names))
         except Exception as error:

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import leaving, nodes, retry
+from src import leaving, nodes, retry, several
 from src.callbacks import results_table
 from src.errors import UserError
 
@@ -50,7 +50,7 @@ def main() -> None:
         with leaving.on_sigterm():
             if nodes.join(sys.argv[1:]):
                 return
-            sys.argv[1:] = retry.with_folder(sys.argv[1:])
+            sys.argv[1:] = retry.with_folder(several.understood(sys.argv[1:]))
             entry()
     except KeyboardInterrupt as error:
         _leave(*leaving.farewell(error))

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "worst": {"records", "sidecars", "checks"},
     "frame": {"records", "checks", "sidecars", "worst", "errors"},
     "report": {"records", "sidecars", "worst", "frame", "tables", "uncertainty", "checks", "errors", "analysis"}
-    | {"report", "retry", "terminal", "tracking"},
+    | {"report", "retry", "several", "terminal", "tracking"},
+    "several": {"errors"},
     "tracking": {"records", "keys", "worst", "frame", "errors", "analysis", "checks", "tracking"},
     "analysis": {"records", "sidecars", "tables", "checks", "errors", "analysis"},
     "data": {"threat", "errors", "records", "data"},

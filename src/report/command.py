@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src import records as store
+from src import several
 from src.records import Record
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
@@ -182,7 +183,7 @@ def _composed(*overrides: str) -> dict[str, Any] | None:
 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            found: Any = OmegaConf.to_container(compose("train", overrides=list(overrides)))
+            found: Any = OmegaConf.to_container(compose("train", overrides=several.understood(overrides)))
     except HydraException:
         return None
     return {key: value for key, value in found.items() if key not in ("logger", "callbacks")}

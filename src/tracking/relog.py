@@ -115,7 +115,8 @@ def relog(
             first = cells[0]
             drawn = [curves.robustness_curve(cells, Path(scratch) / key / "robustness_curve.png")]
             grid = pictures.picture_grid(cells, files, Path(scratch) / key / "pictures.png")
-            tags = [first.dataset, first.classifier, first.defense, first.attack, *sorted({r.access for r in cells})]
+            tags = [first.dataset, first.classifier, *first.defense.split("+"), first.attack]
+            tags += sorted({r.access for r in cells})
             name = f"{first.defense} {first.attack} {first.norm}"
             with Tracker(**common, name=name, tags=tags, run_id=key) as tracker:
                 log_job(tracker, cells, config, [*drawn, *([grid] if grid else [])])
