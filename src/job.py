@@ -25,7 +25,7 @@ from src.threat import parse_eps_list
 
 log = logging.getLogger(__name__)
 
-_ADDED = ("+experiment=", "+debug=")  # groups without a default: they cannot be chosen without the plus
+_ADDED = ("+experiment=", "+sweep=", "+debug=")  # groups without a default: they cannot be chosen without the plus
 # Overrides of these say what is measured, not where or how it is run. `checks` and `eval_batch_size` are absent: they
 # change no more of a cell than how closely it is looked at, and its draws. Of trainer and callbacks: records.teaches.
 MEASURED = (

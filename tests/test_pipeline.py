@@ -289,6 +289,7 @@ def test_wandb_offline_run_holds_table_and_pictures(command: Command) -> None:
         (["~attack@attack.members.square"], "~attack@attack.members.square"),
         (["~attack@attack.members.square=null"], "~attack@attack.members.square"),  # the same, of a sweep
         (["+classifier@surrogate=lenet"], "classifier@surrogate=lenet"),
+        (["+sweep=defenses_mnist", "defense=vae", "threat.eps=0.1"], "+sweep=defenses_mnist"),
         (["++attack.steps=3", "+experiment=x", "+debug=quick"], "+debug=quick,+experiment=x,attack.steps=3"),
         (["trainer=gpu", "trainer.devices=2", "callbacks=none", "callbacks.progress.refresh_rate=1"], ""),
         (["+trainer.max_steps=1", "++callbacks.mine.x=1"], "callbacks.mine.x=1,trainer.max_steps=1"),
