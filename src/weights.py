@@ -10,7 +10,7 @@ from src.errors import UserError
 
 
 def load_weights(module: torch.nn.Module, path: Path, where: str) -> None:
-    """A state dict, bare or inside a Lightning checkpoint, into a module of the same architecture.
+    """A state dict, bare or inside a Lightning checkpoint, into a module of the same architecture or its network.
 
     Raises:
         UserError: absent, damaged, a pickle that would run code, or of another architecture.
@@ -31,9 +31,11 @@ def load_weights(module: torch.nn.Module, path: Path, where: str) -> None:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{where}: not a state dict; expected names with tensors")
     wanted = module.state_dict()
-    prefix = "network."
-    if not set(state) & set(wanted) and all(prefix + name in wanted for name in state):
-        state = {prefix + name: value for name, value in state.items()}
+    network = getattr(module, "hardened", getattr(module, "network", None))
+    if isinstance(network, torch.nn.Module) and set(state) != set(wanted):
+        alone = {name.removeprefix("network."): value for name, value in state.items()}
+        if set(alone) & set(network.state_dict()):  # of the network that answers: what else a training had is not asked
+            module, state, wanted = network, alone, network.state_dict()
     wrong = sorted(
         name for name in set(wanted) | set(state)
         if name not in wanted or name not in state or wanted[name].shape != state[name].shape
