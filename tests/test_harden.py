@@ -38,6 +38,7 @@ from src.threat import ThreatModel
 from src.tracking import NoTracker
 from src.train import CONF
 from src.trained import Workshop
+from src.weights import load_weights
 from tests.conftest import Linear, Outcome, choices
 
 LINF = ThreatModel(norm="linf", eps=0.15, exhaust=True)
@@ -58,6 +59,7 @@ ON_DIGITS = {
     "rbf": (0.85, None, "defense.fit.epochs=8"),
     "smoothing": (0.9, None, "defense.fit.epochs=16", "defense.sigma=0.25"),
 }
+UNLISTED = (0.75, None, "limit.epochs=16")  # of a defense that is new here
 
 
 class Trained:
@@ -100,7 +102,7 @@ HARDEN = [
 
 @pytest.mark.parametrize("name", HARDEN)
 def test_learns_the_digits_and_loads_as_it_was_saved(artifacts: Path, name: str) -> None:
-    least, gain, *overrides = ON_DIGITS[name]
+    least, gain, *overrides = ON_DIGITS.get(name, UNLISTED)
     made, found = (Trained(artifacts, name, *overrides) for _ in range(2))
     assert made.accuracy(made.defended) >= least
     answers = []
@@ -256,6 +258,25 @@ def test_the_moving_average_is_what_is_kept_statistics_of_batch_norm_included() 
     assert not torch.equal(module(images()), module.network(images()))  # validation, too
     module._trainer = SimpleNamespace(training=True)  # the attack on a training batch meets the one that learns
     torch.testing.assert_close(module(images()), module.network(images()))
+
+
+@pytest.mark.parametrize("prefix", ["", "network."])
+@pytest.mark.parametrize("name", ["ema", "no_ema", "distillation", "smoothing"])
+def test_weights_of_ones_own_are_those_of_the_network_alone(tmp_path: Path, name: str, prefix: str) -> None:
+    """What only a training needs, an average or a teacher, is not asked for."""
+    module = {
+        "ema": lambda: adversarial(ema=0.5),
+        "no_ema": lambda: adversarial(ema=0),
+        "distillation": lambda: Distillation(fresh=fresh, classifier=fresh()),
+        "smoothing": lambda: Smoothing(fresh=fresh, sigma=1e-6),
+    }[name]().eval()
+    mine, file = Linear(side=8, classes=3, seed=7), tmp_path / "w.pt"
+    torch.save({prefix + key: value for key, value in mine.state_dict().items()}, file)
+    load_weights(module, file, "defense.checkpoint")
+    torch.testing.assert_close(module.guard(fresh()).logits(images()), mine(images()), atol=1e-3, rtol=1e-3)
+    torch.save({"layer.weight": mine.layer.weight}, file)
+    with pytest.raises(UserError, match=r"of another architecture; 1 of 2 tensors differ, first layer\.bias"):
+        load_weights(module, file, "defense.checkpoint")
 
 
 def test_fast_stops_when_its_accuracy_collapses() -> None:
