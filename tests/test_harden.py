@@ -77,6 +77,7 @@ class Trained:
         self.defended, _ = workshop.defense(name, self.classifier, key)
         batch = data.test.batch(list(range(len(data.test))))
         self.images, self.labels = to_float(batch["image"]), batch["label"]
+        self.validated = len(data.val)
 
     def accuracy(self, model: nn.Module, images: Tensor | None = None) -> float:
         torch.manual_seed(0)
