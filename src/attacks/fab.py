@@ -36,7 +36,8 @@ class FAB(Attack):
         eta: by how much a step goes beyond the boundary; 1 stops on it.
         beta: share of the change kept when going back after success.
         stop_at_eps: an image leaves once something within ``threat.eps`` is found for it: the verdict for that eps
-            stays as it is, the distance is no longer the smallest. AutoAttack wants this.
+            stays as it is, the distance is no longer the smallest. AutoAttack wants this. Without
+            effect at eps inf, which is where the pipeline searches, for every eps at once; members have the eps itself.
         batch_size: most images times classes in one backward pass; bounds the memory.
 
     Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
@@ -106,9 +107,8 @@ class FAB(Attack):
         """One start; what is found goes to ``nearest``."""
         todo, current = torch.arange(len(x), device=x.device), start
         for _ in range(self.steps):
-            if self.stop_at_eps:
-                found = nearest.distance[todo].isfinite()  # eps may be infinite: one search for every eps
-                left = ~found | (nearest.distance[todo] > threat.eps)
+            if self.stop_at_eps and math.isfinite(threat.eps):  # infinite: one search for every eps
+                left = nearest.distance[todo] > threat.eps
                 todo, current = todo[left], current[left]
                 if not len(todo):
                     return
