@@ -135,6 +135,18 @@ def test_targeted(library: str, name: str, norm: str, eps: float, arguments: dic
     assert int((attacked.prediction == target).sum()) >= 2
 
 
+@needs("torchattacks")
+@pytest.mark.parametrize("name", ["PIFGSM", "PIFGSMPP"])
+def test_a_radius_of_another_name_is_the_threats(name: str, model: nn.Module) -> None:
+    """Their ``max_epsilon`` is 16/255 where nobody sets it: all they make would lie beyond eps and be undone."""
+    grey, labels = batch(model)
+    model.eval()
+    images = grey.expand(-1, 3, -1, -1)  # they take nothing but colour
+    threat = ThreatModel(norm="linf", eps=0.04)
+    attacked = TorchAttacks(name=name)(lambda x: model(x.mean(dim=1, keepdim=True)), images, labels, threat)
+    assert attacked.distance.tolist() == pytest.approx([0.04] * len(images), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("library", "name", "norm", "targeted", "arguments", "words"),
     [

@@ -21,7 +21,8 @@ class TorchAttacks(Peer):
     Library: Kim 2020, "Torchattacks: A PyTorch Repository for Adversarial Attacks", https://arxiv.org/abs/2010.01950
 
     Norms: those the attack's own documentation names. Untargeted and, where the attack has it, targeted. Norm and eps
-    come from the threat; eps reaches an attack as its ``eps`` or ``pixels``, one that takes neither counts as minimal.
+    come from the threat; eps reaches an attack as its ``eps``, ``max_epsilon`` or ``pixels``, one that takes none of
+    these counts as minimal.
 
     Args:
         name: class in ``torchattacks``: PGD, CW, JSMA, …
@@ -50,6 +51,7 @@ class TorchAttacks(Peer):
         known = parameters(kind)
         taken = {
             "eps": radius,
+            "max_epsilon": radius,
             "pixels": int(radius),
             "norm": "Linf" if threat.norm is Norm.LINF else threat.norm.upper(),
             "n_classes": model.classes(x) if "n_classes" in known else None,
@@ -59,7 +61,7 @@ class TorchAttacks(Peer):
             if "targeted" not in attack.supported_mode:
                 raise self.no_target()
             attack.set_mode_targeted_by_label(quiet=True)
-        bounded = bool({"eps", "pixels"} & known) and self.name != "FAB"
+        bounded = bool({"eps", "max_epsilon", "pixels"} & known) and self.name != "FAB"
         return attack(x, y), bounded
 
 
