@@ -144,15 +144,30 @@ class ThreatModel:
     def to_8_bit(self, clean: Tensor, images: Tensor) -> Tensor:
         """Images on the grid of 8-bit pixels; where rounding would leave the budget, rounded toward ``clean``.
 
-        For l1 and l2 only as many values as it takes, first those that rounding away had moved farthest.
+        For l1 and l2 only as many values as it takes, first those that rounding away had moved farthest. Where the
+        clean pixels are off the grid that may not be enough: then the change is shortened, and an image with no point
+        of the grid within the budget stays clean, off the grid.
         """
+        saved = self._rounded(clean, images)
+        for share in (0.75, 0.5, 0.25, 0.0, None):
+            over = self.distance(clean, saved) > self.eps + self.slack
+            over &= self.distance(clean, images) <= self.eps + self.slack  # what was beyond before is the judge's
+            if not bool(over.any()):
+                break
+            nearer = clean if share is None else ((clean + share * (images - clean)) * 255).round() / 255
+            saved = torch.where(over.view(-1, 1, 1, 1), nearer, saved)
+        return saved
+
+    def _rounded(self, clean: Tensor, images: Tensor) -> Tensor:
         saved = (images * 255).round() / 255
         if not math.isfinite(self.eps):
             return saved
-        toward = clean + ((images - clean) * 255).trunc() / 255
-        toward = (toward * 255).round() / 255
+        size = (saved - clean).abs()
+        back = ((saved - (saved - clean).sign() / 255) * 255).round() / 255  # the next value toward the clean one
+        away = (size > (images - clean).abs()) & ((back - clean).abs() < size)
+        toward = torch.where(away, back, saved)
         if self.norm is Norm.LINF:
-            return torch.where((saved - clean).abs() > self.eps + self.slack, toward, saved)
+            return torch.where(size > self.eps + self.slack, toward, saved)
         over = self.distance(clean, saved) > self.eps + self.slack
         if self.norm is Norm.L0 or not bool(over.any()):
             return torch.where(over.view(-1, 1, 1, 1), toward, saved)

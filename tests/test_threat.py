@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
+from src.attacks.deepfool import DeepFool
+from src.attacks.pgd import PGD
 from src.errors import UserError
 from src.threat import Access, BudgetError, Norm, ThreatModel, parse_eps, parse_eps_list, project_l1_box
+from tests.conftest import Linear
 
 
 @pytest.mark.parametrize("text", ["linf", "l-inf", "Linf", "inf", "L_inf"])
@@ -122,3 +125,27 @@ def test_8_bit_images_lie_on_the_grid_and_in_the_budget(norm: Norm) -> None:
     threat.judge(clean, saved)
     assert torch.equal((saved * 255).round() / 255, saved)
     assert not torch.equal(saved, clean)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.5), ("l1", 4.0), ("linf", 0.3 / 255), ("l0", 3)])
+def test_off_the_grid_an_8_bit_image_keeps_the_budget_or_stays_clean(norm: str, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(8, 3, 8, 8, generator=generator)
+    threat = ThreatModel(norm=norm, eps=eps)
+    near = threat.project(clean, clean + torch.randn(clean.shape, generator=generator))
+    saved = threat.to_8_bit(clean, near)
+    threat.judge(clean, saved)
+    on_grid, stayed = (((saved * 255).round() / 255 == saved), saved == clean)
+    assert bool((on_grid.flatten(1).all(dim=1) | stayed.flatten(1).all(dim=1)).all())
+    possible = eps > 1 / 255 and norm != "l0"  # there every pixel would have to change
+    assert stayed.flatten(1).all(dim=1).tolist() == [not possible] * 8
+    if norm == "linf" and possible:  # nothing is given away but the fraction of a level
+        assert float((near - saved).abs().max()) < 1 / 255
+
+
+def test_a_quantized_attack_on_images_that_were_never_8_bit(linear: Linear) -> None:
+    images = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = linear(images).argmax(dim=1)
+    for attack, norm, eps in ((PGD(steps=5), "linf", 8 / 255), (PGD(steps=5), "l2", 0.5), (DeepFool(), "l2", 0.5)):
+        attacked = attack(linear, images, labels, ThreatModel(norm=norm, eps=eps, quantize=True))
+        assert attacked.success.any()
