@@ -261,6 +261,24 @@ def test_model_with_nan_and_target_equal_to_label(linear: Linear) -> None:
         FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1, targeted=True), target=labels)
 
 
+BY_GRADIENT = [case for case in dict(CASES).items() if make(case[0]).needs == "gradient"]
+
+
+@pytest.mark.parametrize(("name", "norm"), BY_GRADIENT)
+def test_a_callable_without_gradient_is_one_line_though_its_parameters_have_theirs(
+    name: str, norm: Norm, small_network: nn.Module
+) -> None:
+    """The attack cannot take the gradients off parameters that it does not see; the input still has none."""
+    small_network.eval()
+
+    def detached(x: torch.Tensor) -> torch.Tensor:
+        return small_network((x.detach() * 16).round() / 16)
+
+    images, _ = batch(4)
+    with pytest.raises(UserError, match=r"lets no gradient through.*attack=square"):
+        make(name)(detached, images, detached(images).argmax(dim=1), ThreatModel(norm=norm, eps=EPS[norm]))
+
+
 @pytest.mark.parametrize(("name", "norm"), [case for case in CASES if not make(case[0]).minimal])
 def test_search_in_bf16_is_judged_in_float32(name: str, norm: Norm, small_network: nn.Module) -> None:
     """What counts is float32's answer, and images that only bf16 takes for turned are searched again."""

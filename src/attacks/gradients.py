@@ -61,13 +61,21 @@ def raw_gradient(
     """
     x = x.detach().requires_grad_()
     logits = model(x)
-    if not logits.requires_grad:
+    slope = derivative(loss(logits, y).sum(), x)
+    return logits.detach(), -slope if threat.targeted else slope
+
+
+def derivative(outputs: Tensor, x: Tensor, weights: Tensor | None = None, **how: bool) -> Tensor:
+    """``torch.autograd.grad`` at the model's input, refused where nothing of ``outputs`` depends on it smoothly."""
+    slope = None
+    if outputs.requires_grad:  # its parameters may, where the model is a plain callable
+        (slope,) = torch.autograd.grad(outputs, x, weights, allow_unused=True, **how)
+    if slope is None:
         raise UserError(
             "the model lets no gradient through to its input: this attack needs one; "
             "use an attack that needs scores only, such as attack=square"
         )
-    (slope,) = torch.autograd.grad(loss(logits, y).sum(), x)
-    return logits.detach(), -slope if threat.targeted else slope
+    return slope
 
 
 def steepest(slope: Tensor, norm: Norm) -> Tensor:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from src.attacks.gradients import derivative
 from src.attacks.query import Query
-from src.errors import UserError
 from src.threat import Norm
 
 TINY = 1e-12
@@ -46,20 +46,15 @@ def slopes(model: Query, outputs: Tensor, x: Tensor, *, again: bool = False) -> 
     Returns:
         gradients in which NaN counts as none.
     """
-    if not outputs.requires_grad:
-        raise UserError(
-            "the model lets no gradient through to its input: this attack needs one; "
-            "use an attack that needs scores only, such as attack=square"
-        )
     count = outputs.shape[1]
     if count == 1:
-        return torch.autograd.grad(outputs.sum(), x, retain_graph=again)[0].nan_to_num()[None]
+        return derivative(outputs.sum(), x, retain_graph=again).nan_to_num()[None]
     each = torch.eye(count, dtype=outputs.dtype, device=outputs.device)[:, None].expand(-1, len(outputs), -1)
     try:
-        (result,) = torch.autograd.grad(outputs, x, each, retain_graph=True, is_grads_batched=True)
+        result = derivative(outputs, x, each, retain_graph=True, is_grads_batched=True)
     except RuntimeError:  # a layer that cannot be batched, such as a hand-written backward
         model.add_backward(-len(x))  # the attempt was counted
-        rows = [torch.autograd.grad(outputs, x, row, retain_graph=True)[0] for row in each]
+        rows = [derivative(outputs, x, row, retain_graph=True) for row in each]
         return torch.stack(rows).nan_to_num()
     model.add_backward((count - 1) * len(x))  # the hook saw one pass
     return result.nan_to_num()

@@ -10,9 +10,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from src.attacks.base import Attack, fooled
-from src.attacks.gradients import margin, steepest
+from src.attacks.gradients import derivative, margin, steepest
 from src.attacks.query import Query
-from src.errors import UserError
 from src.threat import Norm, ThreatModel
 
 
@@ -81,17 +80,12 @@ class OrthogonalPGD(Attack):
         """The direction to go, of length one, and whether the goal is met."""
         current = current.detach().requires_grad_()
         logits, lead = model.apart(current)
-        if not logits.requires_grad:
-            raise UserError(
-                "the model lets no gradient through to its input: this attack needs one; "
-                "use an attack that needs scores only, such as attack=square"
-            )
         gain = margin(logits, y) * (-1 if threat.targeted else 1)
         turned = fooled(logits.detach(), y, threat)
-        (toward,) = torch.autograd.grad(gain.sum(), current, retain_graph=lead is not None)
+        toward = derivative(gain.sum(), current, retain_graph=lead is not None)
         if lead is None:
             return steepest(toward, Norm.L2), turned
-        (away,) = torch.autograd.grad(-lead.sum(), current)
+        away = derivative(-lead.sum(), current)
         toward, away = steepest(toward, Norm.L2), steepest(away, Norm.L2)
         rejected = (lead > 0).detach()
         odds = (toward * away).flatten(1).sum(dim=1).clamp_max(0).view(-1, 1, 1, 1)
