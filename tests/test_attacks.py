@@ -279,6 +279,24 @@ def test_a_callable_without_gradient_is_one_line_though_its_parameters_have_thei
         make(name)(detached, images, detached(images).argmax(dim=1), ThreatModel(norm=norm, eps=EPS[norm]))
 
 
+@pytest.mark.parametrize(
+    ("target", "targeted", "words"),
+    [
+        (torch.tensor([1, 1]), False, "targeted=True"),
+        (torch.tensor([1, 1], dtype=torch.int32), True, "int32; expected (2,) int64"),
+        (torch.tensor([1]), True, "expected (2,) int64"),
+        (torch.tensor([1, 2]), True, "from 1 to 2, but the model has 2 classes"),
+        (torch.tensor([-1, 1]), True, "from -1 to 1, but the model has 2 classes"),
+    ],
+)
+def test_a_wrong_target_is_one_clear_line(target: torch.Tensor, targeted: bool, words: str, linear: Linear) -> None:
+    images, labels = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(UserError) as caught:
+        FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1, targeted=targeted), target=target)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("name", "norm"), [case for case in CASES if not make(case[0]).minimal])
 def test_search_in_bf16_is_judged_in_float32(name: str, norm: Norm, small_network: nn.Module) -> None:
     """What counts is float32's answer, and images that only bf16 takes for turned are searched again."""

@@ -95,6 +95,8 @@ class Attack(ABC):
         """
         self.check(threat.norm, targeted=threat.targeted)
         inputs.check(images, labels)
+        if target is not None and not threat.targeted:
+            raise UserError("target is given, but the threat is untargeted; expected ThreatModel(..., targeted=True)")
         generator = generator or torch.Generator().manual_seed(0)
         # A batch made under Lightning's inference mode can never carry gradients; a copy made outside can.
         with torch.inference_mode(False), torch.enable_grad(), _untouched(model, images.device, generator):

@@ -30,8 +30,12 @@ def targets(labels: Tensor, classes: int, generator: torch.Generator, given: Ten
     if given is None:
         shift = torch.randint(1, classes, labels.shape, generator=generator).to(labels.device)
         return (labels + shift) % classes
-    if given.shape != labels.shape or (given.numel() and not (int(given.min()) >= 0 and int(given.max()) < classes)):
-        raise UserError(f"target is {tuple(given.shape)} up to {given.max()}; expected {tuple(labels.shape)} classes")
+    if given.shape != labels.shape or given.dtype != torch.int64:
+        raise UserError(f"target is {tuple(given.shape)} {given.dtype}; expected {tuple(labels.shape)} int64")
+    if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < classes):
+        raise UserError(
+            f"target goes from {int(given.min())} to {int(given.max())}, but the model has {classes} classes"
+        )
     if bool((given == labels).any()):
         raise UserError("target equals the label of an image: a targeted attack needs a wrong class")
     return given
