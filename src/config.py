@@ -22,7 +22,7 @@ from pydantic_core import from_json, to_json
 from src.build import build, check, locate, validate
 from src.errors import UserError
 from src.recipe import Recipe
-from src.threat import Access, Norm, parse_eps_list
+from src.threat import Access, Norm, parse_eps, parse_eps_list
 
 
 class Strict(BaseModel):
@@ -117,7 +117,7 @@ class Job(Strict):
         return Access.parse(self.threat.access)
 
     def eps(self, default: tuple[float, ...]) -> tuple[float, ...]:
-        return default if self.threat.eps is None else parse_eps_list(self.threat.eps)
+        return default if self.threat.eps is None else parse_eps_list(self.threat.eps, norm=self.norm)
 
 
 def parse(cfg: DictConfig) -> Job:
@@ -155,6 +155,8 @@ def _check_trained(choice: Mapping[str, Any], key: str) -> None:
     node, trained = split(choice, key)
     check(node, key)
     if trained.trained_on:
+        if trained.trained_on.eps is not None:
+            parse_eps(trained.trained_on.eps, f"{key}.trained_on.eps", Norm.parse(trained.trained_on.norm))
         for name in ("attack", "validation"):
             if (attack := getattr(trained.trained_on, name)) is not None:
                 check(attack, f"{key}.trained_on.{name}")

@@ -55,11 +55,11 @@ class Access(StrEnum):
             raise UserError(f"threat.access={value}: {error}. Allowed: {', '.join(cls)}") from None
 
 
-def parse_eps(value: object, key: str = "threat.eps") -> float:
+def parse_eps(value: object, key: str = "threat.eps", norm: Norm | None = None) -> float:
     """A radius from a number or text: ``0.3``, ``"8/255"``, ``"inf"``.
 
     Raises:
-        UserError: negative, not a number, or text that is neither a number nor a fraction.
+        UserError: negative, not a number, or text that is neither number nor fraction; for linf over 1 and not inf.
     """
     try:
         if isinstance(value, bool):
@@ -73,15 +73,19 @@ def parse_eps(value: object, key: str = "threat.eps") -> float:
         raise UserError(f"{key}={value}: not a radius. Allowed: a number ≥ 0, a fraction like 8/255, or inf") from None
     if math.isnan(eps) or eps < 0:
         raise UserError(f"{key}={value}: a radius cannot be negative or NaN. Allowed: 0 or more, in [0,1] pixel units")
+    if norm is Norm.LINF and 1 < eps < math.inf:
+        raise UserError(
+            f"{key}={value}: in linf pixels are at most 1 apart; did you mean 8/255? Allowed: 0 to 1, or inf"
+        )
     return eps
 
 
-def parse_eps_list(value: object, key: str = "threat.eps") -> tuple[float, ...]:
+def parse_eps_list(value: object, key: str = "threat.eps", norm: Norm | None = None) -> tuple[float, ...]:
     """One radius or a list of them, ascending and without repeats."""
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if not values:
         raise UserError(f"{key}=[]: nothing to measure. Allowed: a radius or a list of radii")
-    return tuple(sorted({parse_eps(item, key) for item in values}))
+    return tuple(sorted({parse_eps(item, key, norm) for item in values}))
 
 
 class BudgetError(RuntimeError):
@@ -103,7 +107,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", Norm.parse(self.norm))
-        object.__setattr__(self, "eps", parse_eps(self.eps))
+        object.__setattr__(self, "eps", parse_eps(self.eps, norm=self.norm))
 
     def distance(self, clean: Tensor, images: Tensor) -> Tensor:
         """Size of the perturbation per image, shape ``(B,)``, in this norm."""

@@ -39,6 +39,16 @@ def test_bad_eps_is_one_line(value: object) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_radius_in_8_bit_steps_is_asked_about() -> None:
+    """A slip that would otherwise end as a robust accuracy of 0; in other norms 8 is a radius as any other."""
+    for wrong in ("8", 1.01, "300/255"):
+        with pytest.raises(UserError, match=r"threat\.eps=.*did you mean 8/255") as caught:
+            ThreatModel(norm="linf", eps=wrong)
+        assert "\n" not in str(caught.value)
+    assert [ThreatModel(norm="linf", eps=eps).eps for eps in (1, "255/255", "inf")] == [1, 1, math.inf]
+    assert [ThreatModel(norm=norm, eps=8).eps for norm in ("l0", "l1", "l2")] == [8, 8, 8]
+
+
 def test_eps_lists_are_ascending_without_repeats() -> None:
     assert parse_eps_list(["8/255", 0.1, 8 / 255]) == (8 / 255, 0.1)
     assert parse_eps_list("0.3") == (0.3,)
@@ -70,7 +80,7 @@ def test_distances_by_hand() -> None:
     images[0, 0, 0, 0], images[0, 1, 0, 0], images[0, 0, 1, 1] = 0.3, 0.4, 0.5
     expected = {Norm.L0: 2.0, Norm.L1: 1.2, Norm.L2: math.sqrt(0.5), Norm.LINF: 0.5}
     for norm, distance in expected.items():
-        assert ThreatModel(norm=norm, eps=9).distance(clean, images).item() == pytest.approx(distance)
+        assert ThreatModel(norm=norm, eps=math.inf).distance(clean, images).item() == pytest.approx(distance)
 
 
 def test_judge_refuses_what_breaks_the_rules() -> None:
@@ -109,7 +119,7 @@ def test_l1_projection_is_the_nearest_point(eps: float) -> None:
 def test_every_norm_projects_into_budget_and_box(norm: Norm, eps: float) -> None:
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(16, 3, 5, 5, generator=generator)
-    threat = ThreatModel(norm=norm, eps=eps)
+    threat = ThreatModel(norm=norm, eps=min(eps, 1.0) if norm is Norm.LINF else eps)
     images = threat.project(clean, clean + torch.randn(clean.shape, generator=generator))
     threat.judge(clean, images)
     if norm is Norm.L0:

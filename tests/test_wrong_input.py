@@ -47,6 +47,8 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["threat.eps=-0.1"], ["threat.eps=-0.1", "negative"]),
         (["threat.eps=big"], ["threat.eps=big", "8/255"]),
         (["threat.eps=[]"], ["threat.eps=[]"]),
+        (["threat.eps=[0.1,8]"], ["threat.eps=8", "8/255"]),
+        (["defense=adversarial_training", "defense.trained_on.eps=8"], ["defense.trained_on.eps=8", "8/255"]),
         (["threat.norm=l7"], ["threat.norm=l7", "linf"]),
         (["threat.norm=l0"], ["threat.norm=l0", "PGD", "l2, linf"]),
         (["threat.access=grey_box"], ["threat.access=grey_box", "gray_box, white_box"]),
