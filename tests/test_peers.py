@@ -135,6 +135,14 @@ def test_targeted(library: str, name: str, norm: str, eps: float, arguments: dic
     assert int((attacked.prediction == target).sum()) >= 2
 
 
+@needs("art")
+def test_the_autoattack_of_art_has_what_it_imports(model: nn.Module) -> None:
+    pytest.importorskip("multiprocess", reason="multiprocess is not installed, of which ART says nothing: make peers")
+    images, labels = batch(model)
+    attacked = ART(name="AutoAttack")(model, images, labels, ThreatModel(norm="l2", eps=4.0))
+    assert attacked.success.all()
+
+
 @needs("torchattacks")
 @pytest.mark.parametrize("name", ["PIFGSM", "PIFGSMPP"])
 def test_a_radius_of_another_name_is_the_threats(name: str, model: nn.Module) -> None:
