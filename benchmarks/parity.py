@@ -68,6 +68,8 @@ def _pgd() -> list[Row]:
         ]
         if name:
             peers.append(peer("torchattacks", name, steps=40, alpha=STEP * eps))
+        if norm == "linf":
+            peers.append(peer("adv_lib", "pgd_linf", steps=40, relative_step_size=STEP))
         rows.append(Row("pgd", norm, eps, tuple(peers)))
     momentum = (
         peer("torchattacks", "MIFGSM", steps=10, alpha=LINF / 10),
@@ -80,11 +82,15 @@ def _pgd() -> list[Row]:
 def _apgd() -> list[Row]:
     rows = []
     for norm, eps in (("linf", LINF), ("l2", L2), ("l1", L1)):
-        for loss in ("ce", "dlr"):
+        for loss, name in (("ce", "cross_entropy"), ("dlr", "difference_logits_ratio")):
             more = () if norm == "l1" else (peer("torchattacks", "APGD", steps=100, loss=loss),)
             mine = f"apgd attack.loss={loss}"
-            adv_lib = peer("adv_lib", "apgd", n_iter=100, loss_function=loss)
-            rows.append(Row(mine, norm, eps, (adv_lib, peer("reference", f"apgd-{loss}"), *more)))
+            peers = (
+                peer("adv_lib", "apgd", n_iter=100, loss_function=loss),
+                peer("reference", f"apgd-{loss}"),
+                peer("art", "AutoProjectedGradientDescent", eps_step=2 * eps, nb_random_init=1, loss_type=name),
+            )
+            rows.append(Row(mine, norm, eps, (*peers, *more)))
         more = () if norm == "l1" else (peer("torchattacks", "APGDT", steps=100),)
         adv_lib = peer("adv_lib", "apgd_targeted", n_iter=100)
         mine = "apgd attack.loss=dlr_targeted"
@@ -214,7 +220,7 @@ def compare(row: Row, on: Subject, seeds: int) -> list[str]:
         cells[peering.library] = cell(other, row.minimal)
     images = f"{on.tested} x {seeds}" if seeds > 1 else str(on.tested)
     start = [*title(row), images, cell(mine, row.minimal)]
-    return [*start, *(cells.get(library, "no such attack") for library in LIBRARIES), verdict(mine, others, row)]
+    return [*start, *(cells.get(library, "not compared") for library in LIBRARIES), verdict(mine, others, row)]
 
 
 def versions() -> str:
