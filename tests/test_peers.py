@@ -177,12 +177,15 @@ def test_what_a_library_cannot_do_is_one_line(
     if library in ABSENT:
         pytest.skip(f"{library} is not installed: make peers")
     images, labels = batch(model)
+    attack = ADAPTERS[library](name=name, arguments=arguments)
     with pytest.raises(UserError) as caught:
-        ADAPTERS[library](name=name, arguments=arguments)(
-            model, images, labels, ThreatModel(norm=norm, eps=1, targeted=targeted)
-        )
+        attack(model, images, labels, ThreatModel(norm=norm, eps=1, targeted=targeted))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    if not arguments:  # a command asks this before it trains anything
+        with pytest.raises(UserError) as early:
+            attack.check(Norm(norm), targeted=targeted)
+        assert str(early.value) == str(caught.value)
 
 
 def test_float_noise_is_settled_and_more_than_that_is_left_to_the_judge() -> None:

@@ -75,19 +75,22 @@ class ART(Peer):
     def __init__(self, *, name: Name = "ProjectedGradientDescent", arguments: Arguments | None = None) -> None:
         super().__init__(name=name, arguments=arguments)
 
-    def attack(self, library: Any, model: Seen, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, bool]:
+    def kind(self, norm: Norm, *, targeted: bool) -> Any:
         evasion = importlib.import_module("art.attacks.evasion")
         names = [*NORMS, *SOME_NORMS]
         kind = getattr(evasion, self.name, None)
         if self.name not in names or kind is None:
             raise self.unknown(names)
         norms = frozenset(SOME_NORMS.get(self.name) or (NORMS[self.name],))
-        if threat.norm not in norms:
-            raise self.wrong_norm(threat, norms)
-        known = parameters(kind)
-        if threat.targeted and "targeted" not in known and self.name not in NAMES_Y_ITS_TARGET:
+        if norm not in norms:
+            raise self.wrong_norm(norm, norms)
+        if targeted and "targeted" not in parameters(kind) and self.name not in NAMES_Y_ITS_TARGET:
             raise self.no_target()
+        return kind
 
+    def attack(self, library: Any, model: Seen, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, bool]:
+        kind = self.kind(threat.norm, targeted=threat.targeted)
+        known = parameters(kind)
         radius = threat.radius(x)
         taken: dict[str, Any] = {"norm": ORDER[threat.norm], "eps": radius, "targeted": threat.targeted}
         if self.name in {"PixelAttack", "ThresholdAttack"}:  # ThresholdAttack counts in 8-bit steps

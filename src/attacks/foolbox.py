@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Annotated, Any
 
@@ -43,10 +44,7 @@ class Foolbox(Peer):
         super().__init__(name=name, arguments=arguments)
 
     def attack(self, library: Any, model: Seen, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, bool]:
-        attack = self.make(self._kind(library, threat), {"constraint": str(threat.norm)})
-        norm = NORM_OF.get(getattr(attack.distance, "p", -1))
-        if norm is not threat.norm:
-            raise self.wrong_norm(threat, frozenset({norm} if norm else ()))
+        attack = self.kind(threat.norm, targeted=threat.targeted)
         minimal = isinstance(attack, library.attacks.base.MinimizationAttack)
         goal = library.criteria.TargetedMisclassification if threat.targeted else library.criteria.Misclassification
         seen = library.PyTorchModel(model, bounds=(0, 1), device=x.device)
@@ -58,9 +56,18 @@ class Foolbox(Peer):
             raise
         return (raw, False) if minimal else (clipped, True)
 
-    def _kind(self, library: Any, threat: ThreatModel) -> Any:
-        """The class: the name as it stands, or with the threat's norm before and ``Attack`` behind it."""
-        for head in HEADS[threat.norm]:
+    def kind(self, norm: Norm, *, targeted: bool) -> Any:
+        """The attack itself; whether it can aim at a class only shows when it is asked to."""
+        library = importlib.import_module(LIBRARY)
+        attack = self.make(self._named(library, norm), {"constraint": str(norm)})
+        has = NORM_OF.get(getattr(attack.distance, "p", -1))
+        if has is not norm:
+            raise self.wrong_norm(norm, frozenset({has} if has else ()))
+        return attack
+
+    def _named(self, library: Any, norm: Norm) -> type:
+        """The class: the name as it stands, or with the norm before and ``Attack`` behind it."""
+        for head in HEADS[norm]:
             for whole in (f"{head}{self.name}", f"{head}{self.name}Attack", self.name, f"{self.name}Attack"):
                 if isinstance(kind := getattr(library.attacks, whole, None), type):
                     return kind
@@ -70,4 +77,4 @@ class Foolbox(Peer):
             for norm, heads in HEADS.items()
             if any(f"{head}{self.name}{tail}" in known for head in heads for tail in ("", "Attack"))
         )
-        raise self.wrong_norm(threat, others) if others else self.unknown(known)
+        raise self.wrong_norm(norm, others) if others else self.unknown(known)

@@ -67,6 +67,15 @@ class Peer(Attack):
         self.arguments = dict(arguments or {})
 
     @final
+    def check(self, norm: Norm, *, targeted: bool = False) -> None:
+        """As for every attack, and what the library can say before it has a model."""
+        super().check(norm, targeted=targeted)
+        self.kind(norm, targeted=targeted)
+
+    def kind(self, norm: Norm, *, targeted: bool) -> Any:
+        """The library's class or object; refused where there is none of that name, or none for this norm or mode."""
+
+    @final
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         if model.rejects:
             raise UserError(
@@ -121,10 +130,10 @@ class Peer(Attack):
             f"attack.name={self.name}: {self.library} has no such attack. Close to it: {', '.join(close) or 'none'}"
         )
 
-    def wrong_norm(self, threat: ThreatModel, allowed: frozenset[Norm]) -> UserError:
+    def wrong_norm(self, norm: Norm, allowed: frozenset[Norm]) -> UserError:
         """The error for a norm that this attack of the library does not have."""
         return UserError(
-            f"threat.norm={threat.norm}: {self.library}'s {self.name} cannot do it. "
+            f"threat.norm={norm}: {self.library}'s {self.name} cannot do it. "
             f"Allowed: {', '.join(sorted(allowed)) or 'none that we know of'}"
         )
 

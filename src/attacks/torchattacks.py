@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from typing import Annotated, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.attacks.peers import Arguments, Peer, Seen, name_in, parameters
 from src.threat import Norm, ThreatModel
@@ -39,30 +40,42 @@ class TorchAttacks(Peer):
     def __init__(self, *, name: Name = "PGD", arguments: Arguments | None = None) -> None:
         super().__init__(name=name, arguments=arguments)
 
-    def attack(self, library: Any, model: Seen, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, bool]:
+    def kind(self, norm: Norm, *, targeted: bool) -> Any:
+        library = importlib.import_module(LIBRARY)
         names = [name for name in library.__all__ if name not in library.__wrapper__]
         if self.name not in names:
             raise self.unknown(names)
         kind = getattr(library, self.name)
-        norms = documented_norms(kind)
-        if threat.norm not in norms:
-            raise self.wrong_norm(threat, norms)
-        radius = threat.radius(x)
+        if norm not in (norms := documented_norms(kind)):
+            raise self.wrong_norm(norm, norms)
+        if targeted:  # only an object knows, so one is made for a model that is never asked
+            self._object(kind, norm, targeted, nn.Identity(), radius=1.0, classes=2)
+        return kind
+
+    def attack(self, library: Any, model: Seen, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, bool]:
+        kind = self.kind(threat.norm, targeted=False)
         known = parameters(kind)
+        classes = model.classes(x) if "n_classes" in known else None
+        attack = self._object(kind, threat.norm, threat.targeted, model, radius=threat.radius(x), classes=classes)
+        bounded = bool({"eps", "max_epsilon", "pixels"} & known) and self.name != "FAB"
+        return attack(x, y), bounded
+
+    def _object(
+        self, kind: Any, norm: Norm, targeted: bool, model: nn.Module, *, radius: float, classes: int | None
+    ) -> Any:
         taken = {
             "eps": radius,
             "max_epsilon": radius,
             "pixels": int(radius),
-            "norm": "Linf" if threat.norm is Norm.LINF else threat.norm.upper(),
-            "n_classes": model.classes(x) if "n_classes" in known else None,
+            "norm": "Linf" if norm is Norm.LINF else norm.upper(),
+            "n_classes": classes,
         }
         attack = self.make(kind, taken, model)
-        if threat.targeted:
+        if targeted:
             if "targeted" not in attack.supported_mode:
                 raise self.no_target()
             attack.set_mode_targeted_by_label(quiet=True)
-        bounded = bool({"eps", "max_epsilon", "pixels"} & known) and self.name != "FAB"
-        return attack(x, y), bounded
+        return attack
 
 
 def documented_norms(kind: Any) -> frozenset[Norm]:
