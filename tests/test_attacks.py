@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -311,3 +312,54 @@ def test_search_in_bf16_is_judged_in_float32(name: str, norm: Norm, small_networ
     assert torch.equal(coarse.prediction, labels_of(small_network, coarse.images))
     assert torch.equal(coarse.success, coarse.prediction != labels)
     assert int(coarse.success.sum()) >= int(exact.success.sum()) - 3
+
+
+ONE_NORM = list(dict(CASES).items())  # a norm each: the classes and the batches are the same code in all of them
+
+
+@pytest.mark.parametrize(("name", "norm"), ONE_NORM)
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_any_class_count(name: str, norm: Norm, classes: int) -> None:
+    """A single class cannot be left, and says so as an image that holds; the fewest others are no special case."""
+    model = Linear(classes=classes)
+    images = torch.full((4, 1, 4, 4), 0.5)
+    labels = labels_of(model, images)
+    attacked = make(name)(model, images, labels, ThreatModel(norm=norm, eps=EPS[norm]))
+    assert torch.equal(attacked.prediction, labels_of(model, attacked.images))
+    assert classes > 1 or not attacked.success.any()
+
+
+DETERMINISTIC = {"fgsm", "mi_fgsm", "orthogonal_pgd", "deepfool", "fab", "fmn", "cw", "jsma"}  # they draw nothing
+
+
+@pytest.mark.parametrize(("name", "norm"), [case for case in ONE_NORM if case[0] in DETERMINISTIC])
+def test_another_batch_size_gives_the_same_verdicts(name: str, norm: Norm, small_network: nn.Module) -> None:
+    images, _ = batch(6)
+    labels = labels_of(small_network, images)
+    threat = ThreatModel(norm=norm, eps=EPS[norm])
+    whole = make(name)(small_network, images, labels, threat)
+    parts = [
+        make(name)(small_network, *part, threat) for part in zip(images.split(5), labels.split(5), strict=True)
+    ]  # five and one
+    assert torch.equal(torch.cat([part.success for part in parts]), whole.success)
+    torch.testing.assert_close(torch.cat([part.distance for part in parts]), whole.distance, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["log-probabilities", "probabilities"])
+def test_a_model_of_probabilities_is_warned_of_once(
+    kind: str, small_network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.attacks.query._warned", set())
+    small_network.eval()
+    images, _ = batch(2)
+    labels, threat = labels_of(small_network, images), ThreatModel(norm="linf", eps=0.05)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        logits = small_network(x)
+        return logits.log_softmax(dim=1) if kind == "log-probabilities" else logits.softmax(dim=1)
+
+    with pytest.warns(UserWarning, match=f"seems to return {kind}"):
+        FGSM()(model, images, labels, threat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FGSM()(model, images, labels, threat)
