@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import warnings
@@ -337,10 +338,10 @@ def test_another_batch_size_gives_the_same_verdicts(name: str, norm: Norm, small
     images, _ = batch(6)
     labels = labels_of(small_network, images)
     threat = ThreatModel(norm=norm, eps=EPS[norm])
-    whole = make(name)(small_network, images, labels, threat)
-    parts = [
-        make(name)(small_network, *part, threat) for part in zip(images.split(5), labels.split(5), strict=True)
-    ]  # five and one
+    attack = copy.copy(make(name))
+    vars(attack).update(steps=min(vars(attack).get("steps", 5), 5))
+    whole = attack(small_network, images, labels, threat)
+    parts = [attack(small_network, *part, threat) for part in zip(images.split(5), labels.split(5), strict=True)]
     assert torch.equal(torch.cat([part.success for part in parts]), whole.success)
     torch.testing.assert_close(torch.cat([part.distance for part in parts]), whole.distance, rtol=1e-3, atol=1e-4)
 
