@@ -79,7 +79,8 @@ class Attack(ABC):
 
         Args:
             model: any callable ``(B, C, H, W) in [0, 1] → logits (B, classes)``.
-            images: float32 in [0, 1].
+            images: float32 in [0, 1]. Most attacks show them to the model all at once: give batches that its memory can
+                take, as the pipeline does (``eval_batch_size``).
             labels: true classes ``(B,)``.
             threat: norm, radius, targeted or not.
             generator: CPU generator of all the attack's randomness; the same generator state gives the same images.
