@@ -169,6 +169,7 @@ def test_a_radius_of_another_name_is_the_threats(name: str, model: nn.Module) ->
         ("art", "DeepFool", "l0", False, {}, "Allowed: l2"),
         ("art", "ProjectedGradient", "l2", False, {}, "Close to it: ProjectedGradientDescent"),
         ("art", "DeepFool", "l2", True, {}, "has no targeted mode"),
+        ("art", "AutoAttack", "l2", True, {}, "has no targeted mode"),
     ],
 )
 def test_what_a_library_cannot_do_is_one_line(

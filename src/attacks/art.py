@@ -49,6 +49,7 @@ SOME_NORMS = {
     "SquareAttack": (Norm.L2, Norm.LINF),
 }
 ORDER: dict[Norm, Any] = {Norm.L0: 0, Norm.L1: 1, Norm.L2: 2, Norm.LINF: math.inf}
+TRIES_ALL_TARGETS = {"AutoAttack"}  # `targeted` means more attacks to it, and no one class
 NAMES_Y_ITS_TARGET = {"SaliencyMapMethod"}  # always targeted: untargeted it picks a class itself when given no labels
 
 
@@ -84,7 +85,8 @@ class ART(Peer):
         norms = frozenset(SOME_NORMS.get(self.name) or (NORMS[self.name],))
         if norm not in norms:
             raise self.wrong_norm(norm, norms)
-        if targeted and "targeted" not in parameters(kind) and self.name not in NAMES_Y_ITS_TARGET:
+        aims = "targeted" in parameters(kind) and self.name not in TRIES_ALL_TARGETS
+        if targeted and not aims and self.name not in NAMES_Y_ITS_TARGET:
             raise self.no_target()
         return kind
 
