@@ -24,6 +24,21 @@ from src.errors import UserError
 from src.recipe import Recipe
 from src.threat import Access, Norm, parse_eps, parse_eps_list
 
+# What the Trainer is given by the pipeline, for trainings or for verdicts, and where its user can say it instead.
+NOT_OF_TRAINER = {
+    "precision": "classifier.fit.precision or defense.fit.precision; verdicts are in float32",
+    "max_epochs": "classifier.fit.epochs, defense.fit.epochs or limit.epochs",
+    "logger": "logger=wandb, csv or none",
+    "callbacks": "+callbacks.NAME._target_=package.Class",
+    "fast_dev_run": "+debug=quick",
+    "limit_test_batches": "limit.test_images",
+    **dict.fromkeys(
+        ("enable_checkpointing", "enable_model_summary", "inference_mode", "log_every_n_steps", "num_sanity_val_steps",
+         "plugins", "use_distributed_sampler"),
+        "nothing: leave it out",
+    ),
+}  # fmt: skip
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -135,6 +150,9 @@ def parse(cfg: DictConfig) -> Job:
     _ = job.access, job.eps((0.0,))
     for group in ("dataset", "attack", "trainer", "logger"):
         check(getattr(job, group), group)
+    for name in job.trainer:
+        if name in NOT_OF_TRAINER:
+            raise UserError(f"trainer.{name}: set by the pipeline itself; use {NOT_OF_TRAINER[name]}")
     for group in ("classifier", "defense", "surrogate"):
         if getattr(job, group) is None:
             continue

@@ -7,12 +7,15 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from src import records
+from src import fit, records
+from src.build import build
+from src.config import NOT_OF_TRAINER
 from src.job import explain
 from tests.conftest import ROOT, Outcome
 
@@ -36,6 +39,9 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["attack=nonsense"], ["attack/nonsense", "fgsm", "pgd"]),
         (["defense=vaes"], ["defense/vaes", "feature_squeezing", "vae"]),
         (["+experiment=nope"], ["experiment/nope", "cifar_pgd_vae"]),
+        (["analysis=null"], ["analysis=null", "analysis=[]"]),
+        (["logger=null"], ["logger=null", "logger=none"]),
+        (["trainer=null"], ["trainer=null", "conf/trainer"]),
         (["attack.epz=3"], ["attack.epz", "relative_step, restarts"]),
         (["+attack.stepz=3"], ["attack.stepz", "did you mean step?"]),
         (["+threat.epss=3"], ["threat.epss", "did you mean eps?"]),
@@ -63,6 +69,11 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["trainer.devices=4", "trainer=cpu"], ["trainer.devices=4"]),
         (["trainer=ddp_cpu", "trainer.devices=999"], ["trainer.devices=999", "core"]),
         (["trainer.strategy=ddp", "+trainer.num_nodes=1"], ["trainer.strategy", "ddp_spawn"]),
+        (["+trainer.precision=bf16-mixed"], ["trainer.precision", "defense.fit.precision"]),
+        (["+trainer.max_epochs=3"], ["trainer.max_epochs", "limit.epochs"]),
+        (["+trainer.fast_dev_run=true"], ["trainer.fast_dev_run", "+debug=quick"]),
+        (["+trainer.limit_test_batches=1"], ["trainer.limit_test_batches", "limit.test_images"]),
+        (["+trainer.log_every_n_steps=1"], ["trainer.log_every_n_steps", "leave it out"]),
         (["classifier.checkpoint=nowhere.pt"], ["classifier.checkpoint=nowhere.pt", "no such file"]),
         (["attack._target_=src.attacks.nowhere.Attack"], ["attack._target_", "cannot be imported"]),
         (["classifier.fit=null"], ["classifier.fit", "missing"]),
@@ -73,6 +84,21 @@ def test_refused_in_one_line(command: Command, arguments: list[str], words: list
     strict = [a for a in arguments if a.startswith("trainer.strategy")]
     extra = [f"+{a}" if a in strict else a for a in arguments]
     refused(command(*QUICK, *extra), *words)
+
+
+def test_whatever_the_pipeline_gives_the_trainer_is_refused_from_others(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: set[str] = set()
+
+    def spied(node: Any, key: str, **options: Any) -> Any:
+        given.update(options)
+        return build(node, key, **options)
+
+    monkeypatch.setattr(fit, "build", spied)
+    quick = ("defense=none", "attack=noise", "threat.eps=0.1", "threat.access=gray_box", "limit.train_images=40")
+    assert command(*QUICK, *quick).code == 0
+    assert {"max_epochs", "enable_checkpointing"} <= given <= NOT_OF_TRAINER.keys()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
