@@ -50,6 +50,7 @@ def main() -> None:
         with leaving.on_sigterm():
             if nodes.join(sys.argv[1:]):
                 return
+            _refuse_null(sys.argv[1:])
             sys.argv[1:] = retry.with_folder(several.understood(sys.argv[1:]))
             entry()
     except KeyboardInterrupt as error:
@@ -64,6 +65,16 @@ def main() -> None:
         if wants_traceback or not (wrong or isinstance(error, OSError)):
             raise
         _leave(_one_line(error), 1)
+
+
+def _refuse_null(arguments: list[str]) -> None:
+    """Hydra has no such choice on the command line, and says so without the name of the group."""
+    for argument in arguments:
+        found = re.fullmatch(r"\+*(([\w/]+)(@[\w.]+)?)=(.*,)?null(,.*)?", argument)
+        if found and (folder := CONF / found[2]).is_dir():
+            usual = f"{found[1]}=none" if (folder / "none.yaml").exists() else f"a name in conf/{found[2]}"
+            instead = "analysis=[]" if found[2] == "analysis" else usual
+            raise UserError(f"{argument}: null is not a choice. Expected {instead}")
 
 
 def _one_line(error: Exception) -> str:
