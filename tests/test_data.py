@@ -524,16 +524,24 @@ def test_root_is_needed_and_must_exist(kind: type[ImageDataModule], tmp_path: Pa
         (lambda root: shutil.rmtree(root / "train" / "dog"), ["class 'dog' is in test/ only"]),
         (lambda root: [p.unlink() for p in [*(root / "train" / "dog").iterdir()][1:]], ["'dog' has 1", "2"]),
         (lambda root: draw(root / "train/dog/03.png", seed=1, size=(9, 8)), ["dog/03.png is 9x8", "dataset.size"]),
+        (lambda root: _rename(root, train="Train", test="Test"), ["Test/, Train/", "rename them to train/ and test/"]),
+        (lambda root: _rename(root, train="fold1", test="fold2"), ["fold1/, fold2/", "rename them to train/"]),
+        (lambda root: _rename(root, test="val"), ["train/ alone", "both train/ and test/"]),
         (lambda root: (root / "train/dog/03.png").write_bytes(b"no"), ["train/dog/03.png", "not a readable"]),
         (lambda root: _cut(root / "train/dog/03.png"), ["train/dog/03.png", "not a readable"]),
         (lambda root: Image.new("I;16", (8, 8)).save(root / "train/dog/03.png"), ["train/dog/03.png", "8-bit"]),
     ],
     ids=["no test", "no images", "no test images", "one class", "strange class", "one image", "other size",
-         "no picture", "cut picture", "16 bit"],
+         "Train and Test", "other parts", "train and val", "no picture", "cut picture", "16 bit"],
 )  # fmt: skip
 def test_wrong_folder(folder: Path, spoil: Callable[[Path], object], parts: list[str], limit: float) -> None:
     spoil(folder)
     refused(ImageFolder(root=str(folder), memory_limit_gib=limit, workers=0), f"dataset.root={folder}", *parts)
+
+
+def _rename(root: Path, **names: str) -> None:
+    for before, after in names.items():
+        (root / before).rename(root / after)
 
 
 def _cut(path: Path) -> None:

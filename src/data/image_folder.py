@@ -21,6 +21,8 @@ from src.data.base import (
 from src.data.split import ImageSource, hold_out, seeded
 from src.errors import UserError
 
+# Names, in any case, that parts of a set go by and classes hardly ever.
+_PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 _SAMPLED = 512  # pictures that mean and std of a set on disk are taken from
 
 
@@ -28,7 +30,8 @@ class ImageFolder(ImageDataModule):
     """What torchvision's ImageFolder reads; the other arguments as in :class:`ImageDataModule`.
 
     Args:
-        root: folder with ``train/`` and ``test/``, or with the class folders themselves.
+        root: folder with ``train/`` and ``test/``, or with the class folders themselves. What stands beside ``train/``
+            and ``test/``, such as ``val/``, is left out: validation images come from ``train/``.
         size: side in pixels: the shorter side is scaled to it, the middle square kept; None: all have one.
         test: where there is no ``test/``: share of each class put aside for testing, the same for every seed.
         cache: folder that keeps the decoded pictures for the next run, which then reads them in a second.
@@ -61,7 +64,8 @@ class ImageFolder(ImageDataModule):
         """List, decode or survey, divide.
 
         Raises:
-            UserError: no folder, no pictures, one class, a picture that is damaged or of another size.
+            UserError: no folder, no pictures, one class, parts of other names, a picture that is damaged or of
+                another size.
         """
         if self.root is None:
             raise UserError("dataset.root is needed: a folder with one folder per class, or train/ and test/ of those")
@@ -78,6 +82,12 @@ class ImageFolder(ImageDataModule):
         classes = tuple(found[0])
         if strange := sorted(set(found[-1]) - set(classes)):
             raise UserError(f"{self.where}: class '{strange[0]}' is in test/ only. Allowed: the classes of train/")
+        nested = all(entry.path.count("/") > 1 for listed in found[0].values() for entry in listed)
+        if not parts and (nested or any(name.lower() in _PARTS for name in classes)):
+            raise UserError(
+                f"{self.where}: {', '.join(f'{name}/' for name in classes[:3])} are parts of a set, not classes. "
+                "Allowed: rename them to train/ and test/, or class folders with the pictures right in them"
+            )
         entries = [entry for part in found for listed in part.values() for entry in listed]
         labels = torch.tensor([classes.index(name) for part in found for name, listed in part.items() for _ in listed])
         whole = Split(images=self._images(root, entries), labels=labels)
