@@ -161,7 +161,7 @@ def parse(cfg: DictConfig) -> Job:
     if Access.TRANSFER in job.access and job.surrogate is None:
         raise UserError(
             "threat.access=transfer: no surrogate to attack. Name the classifier that the attacker trains: "
-            "+classifier@surrogate=lenet"
+            "+classifier@surrogate=cnn3"
         )
     for group in ("callbacks", "analysis"):
         for name, node in getattr(job, group).items():

@@ -65,7 +65,13 @@ class Workshop:
         if "patches" in asked(node, group):
             spec, some = self.data.spec, to_float(self.data.train.batch(_spread(len(self.data.train)))["image"])
             facts = {**facts, "patches": patch_covariance(some, spec.mean, spec.std)}
-        network: torch.nn.Module = build(node, group, **facts)
+        try:
+            network: torch.nn.Module = build(node, group, **facts)
+        except UserError as error:
+            if group == "surrogate":  # a network takes itself for the classifier
+                told = str(error).replace("classifier=", "classifier@surrogate=").replace("classifier.", "surrogate.")
+                raise UserError(told) from None
+            raise
         return network
 
     def _classifier(self, choice: dict[str, Any], group: str, what: str, seed: int) -> tuple[Classifier, str]:

@@ -38,7 +38,11 @@ def test_transfer_attacks_a_surrogate_and_never_sees_the_classifier(command: Com
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["threat.access=transfer"], ["threat.access=transfer", "+classifier@surrogate=lenet"]),
+        (["threat.access=transfer"], ["threat.access=transfer", "+classifier@surrogate=cnn3"]),
+        (
+            ["threat.access=transfer", "+classifier@surrogate=lenet", "+plan=true"],
+            ["error: classifier@surrogate=lenet takes", "use classifier@surrogate=cnn3"],
+        ),
         (["threat.access=black_box"], ["threat.access=black_box", "attack=pgd", "scores"]),
     ],
 )
