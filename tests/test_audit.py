@@ -220,4 +220,27 @@ def test_the_digest_knows_weights_and_code() -> None:
 
 def test_a_missing_library_or_a_name_it_does_not_know_is_said() -> None:
     with pytest.raises(UserError, match="timm"):
-        own.load(model="timm:no_such_model")
+        own.load(model="timm:no_such_model", channels=1, size=(8, 8), num_classes=10)
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 20))
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "told"),
+    [(10, (8, 8), "gives \\(1, 20\\) .*logits \\(1, 10\\)"), (20, (9, 9), "fails on an image of 1x9x9")],
+)
+def test_a_model_for_other_classes_or_images_is_refused(classes: int, size: tuple[int, int], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        own.load(model="tests.test_audit:wide", channels=1, size=size, num_classes=classes)
+
+
+def test_a_model_is_tried_without_a_trace() -> None:
+    torch.manual_seed(0)
+    untouched, state = wide(), torch.get_rng_state()
+    torch.manual_seed(0)
+    network = own.load(model="tests.test_audit:wide", channels=1, size=(8, 8), num_classes=20)
+    assert own.digest(network) == own.digest(untouched)
+    assert all(module.training for module in network.modules())
+    assert torch.equal(torch.get_rng_state(), state)

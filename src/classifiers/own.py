@@ -16,7 +16,7 @@ from src.errors import UserError
 from src.keys import file_digest
 
 
-def load(*, model: str) -> nn.Module:
+def load(*, model: str, channels: int, size: tuple[int, int], num_classes: int) -> nn.Module:
     """A network ``(B, C, H, W) in [0, 1] → logits`` that is not trained here.
 
     Args:
@@ -24,9 +24,12 @@ def load(*, model: str) -> nn.Module:
             one; it normalises its input itself. ``torchvision:resnet50`` and ``timm:resnet50`` are those libraries'
             pretrained models, with their normalisation put in front; the images have to have the size they were
             trained on.
+        channels: channels of an image.
+        size: height and width of an image, in pixels.
+        num_classes: number of logits, which it has to have.
 
     Raises:
-        UserError: it cannot be imported or made, or is no module.
+        UserError: it cannot be imported or made, is no module, or takes other images or knows other classes.
     """
     source, _, name = model.partition(":")
     if source in ("torchvision", "timm"):
@@ -43,8 +46,32 @@ def load(*, model: str) -> nn.Module:
             ) from None
     if not isinstance(network, nn.Module):
         raise UserError(f"classifier.model={model}: gives {type(network).__name__}. Expected a torch.nn.Module")
+    _try(network, torch.zeros(1, channels, *size), num_classes, f"classifier.model={model}")
     network.is_trained = True  # type: ignore[assignment]
     return network
+
+
+def _try(network: nn.Module, image: Tensor, num_classes: int, key: str) -> None:
+    """One image through it, which leaves it as it was: labels of other classes than its own would mean nothing."""
+    training = [module for module in network.modules() if module.training]
+    device = next((weight.device for weight in network.parameters()), image.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = network.eval()(image.to(device))
+    except Exception as error:  # it is someone else's code
+        raise UserError(
+            f"{key}: fails on an image of {'x'.join(map(str, image.shape[1:]))} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). Expected a model for images of this dataset"
+        ) from None
+    finally:
+        for module in training:
+            module.training = True
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (1, num_classes):
+        raise UserError(
+            f"{key}: gives {shape} for an image. Expected logits (1, {num_classes}): one for each class of the "
+            "dataset, in its order"
+        )
 
 
 def digest(network: nn.Module) -> str:
