@@ -55,6 +55,14 @@ def test_worst_case_is_the_union_of_its_members(norm: Norm, all_images: bool) ->
         assert rest[0] < rest[1]
 
 
+def test_members_that_lack_the_norm_are_named() -> None:
+    attack = made("attack=worst_case", "attack@attack.members.square=one_pixel")
+    with pytest.raises(UserError, match="members.pgd cannot do it. Allowed: members that all have l0$"):
+        attack.check(Norm.L0)
+    with pytest.raises(UserError, match="members.square cannot do it"):
+        attack.check(Norm.LINF)
+
+
 def test_worst_case_is_mounted_by_config() -> None:
     attack = made("attack=worst_case")
     assert isinstance(attack, WorstCase)

@@ -11,6 +11,7 @@ from torch import Tensor
 from src.attacks.base import Attack
 from src.attacks.combine import Ensemble, attacks_of
 from src.attacks.query import Query
+from src.errors import UserError
 from src.threat import Norm, ThreatModel
 
 
@@ -57,6 +58,12 @@ class WorstCase(Ensemble):
             can_target=all(member.can_target for member in all_members),
             needs=max((member.needs for member in all_members), key=("gradient", "scores", "labels").index),
         )
+
+    def check(self, norm: Norm, *, targeted: bool = False) -> None:
+        if lacking := [f"members.{name}" for name, member in self.members.items() if norm not in member.norms]:
+            allowed = [*sorted(self.norms), f"members that all have {norm}"]
+            raise UserError(f"threat.norm={norm}: {', '.join(lacking)} cannot do it. Allowed: {', '.join(allowed)}")
+        super().check(norm, targeted=targeted)
 
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         members = [
