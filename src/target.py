@@ -24,6 +24,7 @@ KEPT = (
     "sweep",
     "debug",
 )
+_BESIDE = {"fit", "checkpoint", "trained_on", "_target_", "label_smoothing"}  # not what the class is called with
 
 
 def subject_of(target: str, config: Path | None) -> list[str]:
@@ -91,7 +92,8 @@ def _weights(path: Path, config: Path | None) -> list[str]:
         node = node.get("classifier", node) if isinstance(node, dict) else {}
         if "_target_" not in node:
             raise UserError(f"--config {config}: says no _target_ of a network, nor has it a classifier that does")
-        return [*_choice("classifier", node), f"classifier.{checkpoint}"]
+        ours = str(node["_target_"]).startswith("src.")
+        return [*(_choice("classifier", node) if ours else _foreign(node)), f"classifier.{checkpoint}"]
     meta = path.parent / "meta.json"
     if not meta.is_file():
         return [f"classifier.{checkpoint}"]  # of the classifier that the overrides choose
@@ -108,11 +110,23 @@ def _weights(path: Path, config: Path | None) -> list[str]:
     return [*(_choice("classifier", about["fresh"]) if "fresh" in about else []), *chosen]
 
 
+def _foreign(node: Mapping[str, Any]) -> list[str]:
+    """Overrides that call the class or function of someone else with the arguments of the node."""
+    module, _, name = str(node["_target_"]).rpartition(".")
+    arguments = {key: value for key, value in node.items() if key not in _BESIDE}
+    given = [f"+classifier.arguments={_value(arguments)}"] if arguments else []
+    return ["classifier=own", f"classifier.model={module}:{name}", *given]
+
+
 def _choice(group: str, node: Mapping[str, Any]) -> list[str]:
     """Overrides that make the same node: the choice named like its module, and all its arguments."""
     name = str(node["_target_"]).split(".")[-2]
-    known = {"fit", "checkpoint", "trained_on", "_target_", "label_smoothing"}
-    return [f"{group}={name}", *(f"{group}.{key}={_value(value)}" for key, value in node.items() if key not in known)]
+    given = {key: value for key, value in node.items() if key not in _BESIDE}
+    # An own model's arguments are not in its YAML.
+    return [
+        f"{group}={name}",
+        *(f"{'+' * (key == 'arguments')}{group}.{key}={_value(value)}" for key, value in given.items()),
+    ]
 
 
 def _value(value: Any) -> str:

@@ -23,6 +23,7 @@ from src.subject import Names
 from src.threat import Norm
 from src.tracking import NoTracker
 from tests import planted
+from tests.conftest import Linear
 from tests.test_pipeline import QUIET, Command, ok
 
 QUICK = ("--dataset", "digits", "--images", "60", "--attack", "pgd", "attack.steps=5", "checks=cheap")
@@ -221,6 +222,28 @@ def test_the_digest_knows_weights_and_code() -> None:
 def test_a_missing_library_or_a_name_it_does_not_know_is_said() -> None:
     with pytest.raises(UserError, match="timm"):
         own.load(model="timm:no_such_model", channels=1, size=(8, 8), num_classes=10)
+
+
+def test_weights_go_into_a_class_of_someone_else(tmp_path: Path) -> None:
+    network = Linear(side=8, classes=10, seed=1)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    (tmp_path / "net.yaml").write_text("_target_: tests.conftest.Linear\nside: 8\nclasses: 10\n")
+    given = target.subject_of(str(tmp_path / "w.pt"), tmp_path / "net.yaml")
+    job, _ = audit.composed([*audit.FIXED, "dataset=digits", "defense=none", "attack=noise", *given])
+    names = Names(dataset="digits", classifier="own", defense="none", attack="noise")
+    bench, _ = pipeline.prepare(job, names, Stages(tmp_path), NoTracker())
+    images = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(bench.subject.classifier(images), network(images))
+    (tmp_path / "run.yaml").write_text(OmegaConf.to_yaml({"classifier": job.classifier}))  # the config of a run of it
+    given = target.subject_of(str(tmp_path / "w.pt"), tmp_path / "run.yaml")
+    assert audit.composed([*audit.FIXED, "dataset=digits", *given])[0].classifier == job.classifier
+
+
+def test_a_lenet_of_someone_else_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").touch()
+    (tmp_path / "net.yaml").write_text("_target_: my.lenet.X\n")
+    given = target.subject_of(str(tmp_path / "w.pt"), tmp_path / "net.yaml")
+    assert given[:2] == ["classifier=own", "classifier.model=my.lenet:X"]
 
 
 def wide() -> nn.Module:

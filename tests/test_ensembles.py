@@ -57,9 +57,9 @@ def test_worst_case_is_the_union_of_its_members(norm: Norm, all_images: bool) ->
 
 def test_members_that_lack_the_norm_are_named() -> None:
     attack = made("attack=worst_case", "attack@attack.members.square=one_pixel")
-    with pytest.raises(UserError, match="members.pgd cannot do it. Allowed: members that all have l0$"):
+    with pytest.raises(UserError, match=r"members\.pgd cannot do it\. Allowed: members that all have l0$"):
         attack.check(Norm.L0)
-    with pytest.raises(UserError, match="members.square cannot do it"):
+    with pytest.raises(UserError, match=r"members\.square cannot do it"):
         attack.check(Norm.LINF)
 
 

@@ -16,14 +16,21 @@ from src.errors import UserError
 from src.keys import file_digest
 
 
-def load(*, model: str, channels: int, size: tuple[int, int], num_classes: int) -> nn.Module:
+def load(
+    *,
+    model: str,
+    arguments: dict[str, Any] | None = None,
+    channels: int,
+    size: tuple[int, int],
+    num_classes: int,
+) -> nn.Module:
     """A network ``(B, C, H, W) in [0, 1] → logits`` that is not trained here.
 
     Args:
-        model: ``package.module:name`` of a module, which is copied, or of a callable without arguments that returns
-            one; it normalises its input itself. ``torchvision:resnet50`` and ``timm:resnet50`` are those libraries'
-            pretrained models, with their normalisation put in front; the images have to have the size they were
-            trained on.
+        model: ``package.module:name`` of a module, which is copied, or of a callable that returns one; it normalises
+            its input itself. ``torchvision:resnet50`` and ``timm:resnet50`` are those libraries' pretrained models,
+            with their normalisation put in front; the images have to have the size they were trained on.
+        arguments: what the callable is called with.
         channels: channels of an image.
         size: height and width of an image, in pixels.
         num_classes: number of logits, which it has to have.
@@ -33,12 +40,14 @@ def load(*, model: str, channels: int, size: tuple[int, int], num_classes: int) 
     """
     source, _, name = model.partition(":")
     if source in ("torchvision", "timm"):
+        if arguments:
+            raise UserError(f"classifier.arguments={arguments}: {model} takes none. Expected package.module:callable")
         network: Any = _from_torchvision(name) if source == "torchvision" else _from_timm(name)
     else:
         try:
             found = getattr(importlib.import_module(source), name)
             # A copy: a defense may train what it gets, and the next job wants the module as it was.
-            network = copy.deepcopy(found) if isinstance(found, nn.Module) else found()
+            network = copy.deepcopy(found) if isinstance(found, nn.Module) else found(**(arguments or {}))
         except Exception as error:  # it is someone else's code
             raise UserError(
                 f"classifier.model={model}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}). "
