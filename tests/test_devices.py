@@ -41,8 +41,8 @@ def test_certificates_and_thresholds_are_computed_on_the_device_of_the_trainer(
     )
     batches = [{"image": torch.zeros(4, 1, 2, 2, dtype=torch.uint8), "label": torch.zeros(4)}] * 2
     data: Any = SimpleNamespace(
-        test=range(8), train_fingerprint="", configure=lambda **_: None, test_dataloader=lambda: batches,
-        val_dataloader=lambda: batches,
+        val=range(8), test=range(8), train_fingerprint="", configure=lambda **_: None, test_dataloader=lambda: batches,
+        val_dataloader=lambda: batches, spec=SimpleNamespace(name="zeros"),
     )  # fmt: skip
     job: Any = SimpleNamespace(seed=0, trainer={}, eval_batch_size=4)
     stages = Stages(tmp_path)

@@ -110,7 +110,7 @@ def test_worst_case_can_do_what_all_its_members_can() -> None:
 def test_a_member_without_the_norm_says_so() -> None:
     model = curved()
     images, labels = batch(model, 4)
-    with pytest.raises(UserError, match=r"threat\.norm=l1: WorstCase cannot do it. Allowed: l2, linf"):
+    with pytest.raises(UserError, match=r"threat\.norm=l1: members\.one cannot do it. Allowed: l2, linf, members"):
         WorstCase(members=PLAIN)(model, images, labels, ThreatModel(norm="l1", eps=1))
     with pytest.raises(UserError, match="WorstCase has no targeted mode"):
         WorstCase(members={"a": AutoAttack()})(model, images, labels, ThreatModel(norm="l2", eps=1, targeted=True))

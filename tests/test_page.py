@@ -98,7 +98,7 @@ def test_no_line_joins_two_sweeps(tmp_path: Path) -> None:
         pytest.skip("the lines of report.html were NOT tried: no node here")
     cells = json.dumps(content(page.write_page(twins(), tmp_path / "report.html")))
     around = """const at = Object.fromEntries(content.columns.map((column, place) => [column.name, place]));
-    const value = (row, name) => row.c[at[name]], hidden = new Set(), percent = String, robustText = String;"""
+    const value = (row, name) => row.c[at[name]], hidden = new Set(), percent = String, figure = String;"""
     script = (Path(page.__file__).parent / "page.js").read_text()
     functions = script[script.index("function wilson") : script.index("const select")]
     said = "console.log(JSON.stringify(lines(content.rows).points.map((point) => [point.path, point.x])));"

@@ -131,7 +131,8 @@ def test_found_cells_are_told_where_nobody_has_heard_of_them(tmp_path: Path, mon
         return pair()
 
     def run(name: str) -> int:
-        runtime = SimpleNamespace(output_dir=str(tmp_path / name), choices={})
+        groups = ("dataset", "classifier", "defense", "attack", "threat")
+        runtime = SimpleNamespace(output_dir=str(tmp_path / name), choices=dict.fromkeys(groups, "x"))
         of_job = {"overrides": SimpleNamespace(task=[]), "job": SimpleNamespace(num=0)}
         hydra = SimpleNamespace(mode=RunMode.MULTIRUN, runtime=runtime, **of_job)
         with monkeypatch.context() as patch:
