@@ -101,7 +101,13 @@ HARDEN = [
 ]
 
 
-@pytest.mark.parametrize("name", HARDEN)
+# These two learn as long as `adversarial_training`, of which they are variants; their losses have tests of their own.
+LONG = {"adversarial_training_mart", "adversarial_training_trades"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in HARDEN]
+)
 def test_learns_the_digits_and_loads_as_it_was_saved(artifacts: Path, name: str) -> None:
     least, gain, *overrides = ON_DIGITS.get(name, UNLISTED)
     made, found = (Trained(artifacts, name, *overrides) for _ in range(2))

@@ -108,8 +108,8 @@ def test_two_processes_count_exactly_what_one_does(command: Command, tmp_path: P
     Of 101 images each process has a batch, of 50 the second has none.
     """
     arguments = (
-        *QUIET, "limit.epochs=3", "attack.steps=5", "eval_batch_size=64", "threat.eps=0.15", "defense=autoencoder",
-        "eot_draws=3",
+        *QUIET, "limit.epochs=3", "attack.steps=2", "eval_batch_size=64", "threat.eps=0.15", "defense=autoencoder",
+        "eot_draws=2",
     )  # fmt: skip
     ok(command(*arguments, "limit.test_images=101"))
     before = {r.access: r for r in records.find([tmp_path / "artifacts"])}
@@ -229,7 +229,8 @@ def random_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -> None:
     """With its own networks, defense and attack, on noise of its dataset's shape."""
     data = [] if "digits" in name else ["dataset=npz", f"dataset.root={random_sets / name.split('_')[0]}.npz"]
-    outcome = ok(command(*QUIET, f"+experiment={name}", *data, "+debug=quick", "eot_draws=2"))
+    few = ["attack.steps=3"] if "cifar_pgd" in name else []
+    outcome = ok(command(*QUIET, f"+experiment={name}", *data, "+debug=quick", "eot_draws=2", *few))
     found = records.find(outcome.runs())
     assert len(found) >= 2
     assert {record.status for record in found} == {"done"}
@@ -240,14 +241,15 @@ def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -
         assert found[0].config["attack"]["steps"] == 40
 
 
+SLOW = {"defense_gan"} | {a for a in choices("defense") for b in choices("defense") if a.startswith(f"{b}_")}
 BIG = {"own", "torchvision", "vgg16_bn", "resnet18"}
 PAIRS = [
-    # Each defense with a quick one in the default run, with all of them in the full one; defense_gan, which takes four
-    # times as long as any other, there only.
+    # Each defense with a quick one in the default run, with all of them in the full one; variants of one (a_fast of a),
+    # and defense_gan, which takes four times as long as any other, there only.
     pytest.param(
         network,
         defense,
-        marks=[] if network == ("cnn3", "lenet")[row % 2] and defense != "defense_gan" else [pytest.mark.slow],
+        marks=[] if network == ("cnn3", "lenet")[row % 2] and defense not in SLOW else [pytest.mark.slow],
     )
     for row, defense in enumerate(choices("defense"))
     for network in sorted(set(choices("classifier")) - BIG)
