@@ -8,7 +8,10 @@ import hashlib
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ONLY_SHOWN = "samples_to_show"  # a method that pictures are made of, and no figure: it is no part of a stage
 
@@ -84,3 +87,9 @@ def seed_of(*parts: int) -> int:
     """A seed that depends on all parts and mixes them well; the same on every machine."""
     text = ",".join(str(int(part)) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def networks_of(module: nn.Module) -> list[type]:
+    """Our own classes inside a module: their source is part of its key."""
+    classes = {type(child) for child in module.modules()}
+    return sorted((cls for cls in classes if cls.__module__.startswith("src.")), key=lambda cls: cls.__qualname__)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule
-from torch import Tensor
 
-from src import fit, records
+from src import fit, records, thresholds
 from src.build import asked, build
 from src.callbacks.attack_callback import AttackCallback
 from src.classifiers import own
@@ -23,7 +22,7 @@ from src.data.base import ImageDataModule
 from src.defenses.base import Defense
 from src.defenses.guarded import DefendedModel
 from src.errors import UserError
-from src.keys import content_key, file_digest, source_digest
+from src.keys import content_key, file_digest, networks_of, source_digest
 from src.recipe import Recipe
 from src.stages import Stages
 from src.threat import Norm, ThreatModel, parse_eps
@@ -99,7 +98,9 @@ class Workshop:
         module, key = self._defense(self.job.defense, "defense", name, classifier, classifier_key)
         defended = module.guard(classifier).eval()
         if defended.rejects:
-            key = content_key(defense=key, thresholds=self._thresholds(defended, key, classifier_key))
+            keys = {"defense": key, "classifier": classifier_key}
+            frozen = thresholds.frozen(defended, keys, self.made, self.data, self.stages, self.job)
+            key = content_key(defense=key, thresholds=frozen)
         return defended, key
 
     def _defense(
@@ -184,53 +185,6 @@ class Workshop:
             )
         ]
 
-    def _thresholds(self, defended: DefendedModel, defense_key: str, classifier_key: str) -> str:
-        """Thresholds of what the defense detects, from clean validation images; the key of that stage."""
-        about = {
-            "defense": defense_key,
-            "classifier": classifier_key,
-            "fpr": defended.fpr,
-            "fixed": [each.threshold for each in defended.detections],
-            "data": self.data.train_fingerprint,
-            "seed": self.job.seed,
-            "source": source_digest(*_networks(defended), loaders, within="src.defenses"),
-        }
-
-        @torch.no_grad()
-        def scored(folder: Path) -> None:
-            self.data.configure(batch_size=self.job.eval_batch_size, augment=False)
-            torch.manual_seed(self.job.seed)
-            device = fit.device(self.job.trainer)
-            defended.to(device)
-            try:
-                batches = (batch["image"].to(device) for batch in self.data.val_dataloader())
-                scores = [defended.scores(to_float(images)).cpu() for images in batches]
-            finally:
-                defended.cpu()
-            if not scores:
-                raise UserError(
-                    "dataset.validation=0: a detector's threshold is set on clean validation images; give it a share"
-                )
-            records.save_tensors(defended.set_thresholds(torch.cat(scores)), folder / "thresholds.pt")
-
-        key = content_key(**about)
-        about["made_from"] = dict(self.made)  # for people and gc: the defense's key may name no stage
-        folder = self.stages.make(
-            "thresholds",
-            key,
-            what="thresholds of the detector",
-            build=scored,
-            about=about,
-            like=(f"thresholds on {self.data.spec.name}",),
-            images=len(self.data.val),
-        )
-        self.made["thresholds"] = key
-        if self.stages.plan:
-            return key
-        frozen: dict[str, Tensor] = torch.load(folder / "thresholds.pt", weights_only=True)
-        defended.frozen = frozen
-        return key
-
     def _trained(
         self,
         group: str,
@@ -250,7 +204,9 @@ class Workshop:
             "recipe": recipe.model_dump(),
             "data": self.data.train_fingerprint,
             "seed": seed,
-            "source": source_digest(type(module), *_networks(module), Recipe, augment, loaders, within="src.defenses"),
+            "source": source_digest(
+                type(module), *networks_of(module), Recipe, augment, loaders, within="src.defenses"
+            ),
             **records.beside(vars(self.job)),
         }
         prefix = group.replace(".parts.", "_")
@@ -292,16 +248,10 @@ class Workshop:
         """Weights that the user brings; their key is their content, ``about`` and the source of what they are in."""
         load_weights(module, path, f"{key}={path}")
         module.eval()
-        source = source_digest(type(module), *_networks(module), within="src.defenses")
+        source = source_digest(type(module), *networks_of(module), within="src.defenses")
         return f"own-{content_key(**about, weights=file_digest(path), source=source)}"
 
 
 def _spread(count: int, most: int = 5000) -> list[int]:
     """Positions all over a split, which may be in order of class."""
     return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
-
-
-def _networks(module: LightningModule) -> list[type]:
-    """Our own classes inside a module: their source is part of its key."""
-    classes = {type(child) for child in module.modules()}
-    return sorted((cls for cls in classes if cls.__module__.startswith("src.")), key=lambda cls: cls.__qualname__)

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src import fit
+from src import fit, thresholds
 from src.callbacks.collect import Collect
 from src.certificate import certified
 from src.defenses.guarded import DefendedModel, Detection
 from src.stages import Stages
-from src.trained import Workshop
 
 
 @pytest.fixture
@@ -51,8 +50,7 @@ def test_certificates_and_thresholds_are_computed_on_the_device_of_the_trainer(
     assert found["certified_n"] == 6
     assert found["certified"]["1"] == pytest.approx(4 / 6)  # radii 0, 1, 2, 3 and 0, 1
     assert defended.device.type == "cpu"
-    workshop: Any = SimpleNamespace(job=job, data=data, stages=stages, made={})
-    Workshop._thresholds(workshop, defended, "defense", "classifier")
+    thresholds.frozen(defended, {"defense": "d", "classifier": "c"}, {}, data, stages, job)
     assert {value.device.type for value in defended.frozen.values()} == {"cpu"}
     assert defended.device.type == "cpu"
     assert where == [("meta", "meta")] * 4
