@@ -78,11 +78,12 @@ def run(cfg: DictConfig, settings: str) -> None:
         if job.plan:
             _plan(job, names)
             return
-        with leaving.on_sigterm():
+        with leaving.on_signals():
             _measure(job, names, out, done, radii, in_sweep, cut_off)
         _forget(out / "records", done, Path(job.paths.artifacts) / "records")
         retry.mark(out, settings, [record.key for record in done], job.model_dump(mode="json"))
     except Exception as error:
+        leaving.or_leave(error)
         reason = explain(error)
         for record in _failed(cfg, names, reason, done, radii):
             records.save(record, out / "records")

@@ -1,4 +1,4 @@
-"""SIGTERM, as Slurm and spot machines send it: leave as after Ctrl-C, with all that is whole kept."""
+"""Ctrl-C, and SIGTERM as Slurm and spot machines send it: leave with all that is whole kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 INTERRUPTED = "interrupted; run the same command again to go on from here"
 TERMINATED = "terminated (SIGTERM); run the same command again to go on from the last whole epoch"
 
+_USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_told: KeyboardInterrupt | None = None  # by the signal that came last
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came. Whoever cleans up after Ctrl-C cleans up after it."""
@@ -21,19 +24,38 @@ def farewell(error: KeyboardInterrupt) -> tuple[str, int]:
     return (TERMINATED, 143) if isinstance(error, Terminated) else (INTERRUPTED, 130)
 
 
+def or_leave(error: Exception) -> None:
+    """Leave all the same where a library's C code has made ``error`` of the signal's exception."""
+    if _told is not None:
+        raise _told from error
+
+
 @contextmanager
-def on_sigterm() -> Iterator[None]:
-    """Raise :class:`Terminated` where SIGTERM finds us; the handler of someone else, such as submitit's, stays."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
+def on_signals() -> Iterator[None]:
+    """Raise :class:`Terminated` where SIGTERM finds us, KeyboardInterrupt on Ctrl-C.
 
-    def leave(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the cleaning up
-        raise Terminated
+    The handler of someone else, such as submitit's, stays.
+    """
+    global _told
+    main = threading.current_thread() is threading.main_thread()
+    ours = {number: usual for number, usual in _USUAL.items() if main and signal.getsignal(number) == usual}
+    if ours:
+        _told = None
 
-    signal.signal(signal.SIGTERM, leave)
+    def leave(number: int, _: Any) -> None:
+        global _told
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)  # a second one must not end the cleaning up
+        _told = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        raise _told
+
+    for number in ours:
+        signal.signal(number, leave)
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):  # it has come through
+        _told = None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, usual in ours.items():
+            signal.signal(number, usual)

@@ -47,7 +47,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     results_table.under_way = None
     try:
-        with leaving.on_sigterm():
+        with leaving.on_signals():
             if nodes.join(sys.argv[1:]):
                 return
             _refuse_null(sys.argv[1:])

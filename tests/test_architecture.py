@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "attacks": {"threat", "errors", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
     "callbacks": {"attacks", "checks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config"}
-    | {"plan", "retry", "sidecars", "sweep", "terminal", "callbacks"},
+    | {"leaving", "plan", "retry", "sidecars", "sweep", "terminal", "callbacks"},
 }
 
 

@@ -21,7 +21,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback
 
-from src import curves, fit, job, records, report, retry
+from src import curves, fit, job, leaving, records, report, retry
 from src.errors import UserError
 from src.measure import Bench
 from src.records import Record
@@ -49,6 +49,28 @@ class Told(Callback):
     def on_train_end(self, trainer, pl_module) -> None:
         if Path("tell").exists() and self.when == "stopped" and trainer.should_stop:
             raise KeyboardInterrupt
+
+
+def swallowed(*_: Any) -> None:
+    """Ctrl-C in the C code of a library, which makes an exception of its own of it."""
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise ValueError("Invalid affine transformation matrix") from None
+
+
+@pytest.mark.parametrize("where", ["src.job._measure", "src.callbacks.results_table.gather"])
+def test_ctrl_c_is_one_whatever_a_library_makes_of_it(
+    command: Command, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(where, swallowed)
+    stopped = command("-m", *TINY, "limit.epochs=1", "defense=none,jpeg", "threat.access=gray_box")
+    assert stopped.code == 130
+    assert stopped.error_lines == [f"error: {leaving.INTERRUPTED}"]
+    done = [record.status for record in records.find(stopped.folder.glob("multirun/*/*"))]
+    assert done == ([] if "job" in where else ["done"] * 2), "none has failed"
+    assert leaving._told is None
 
 
 @pytest.mark.parametrize("when", ["epoch", "stopped"])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
+from src import leaving
 from src.callbacks.compose_once import compose_once
 
 if TYPE_CHECKING:  # a callback is built for every command, also for --cfg job: nothing heavy at import
@@ -97,6 +98,7 @@ def finish(config: DictConfig, ended: str = "") -> bool:
     try:
         return gather(config, ended) == 0 and not ended
     except Exception as error:
+        leaving.or_leave(error)
         log.debug("results table", exc_info=True)
         why = f"{ended}; " if ended else ""
         print(f"error: {why}no results table: {type(error).__name__}: {error}", file=sys.stderr)
