@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import Tensor
 
@@ -34,7 +34,6 @@ from src.recipe import Recipe
 from src.stages import clear
 
 log = logging.getLogger(__name__)
-
 # Lightning's start-up chatter is about itself; what the user needs to know, we say.
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 for message in (
@@ -97,6 +96,8 @@ def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **
     exact()  # here for what follows without a Trainer, and by the callback in processes that it starts
     if in_processes(config):  # of its own making, also under Slurm and torchrun
         options["plugins"] = [LightningEnvironment() if nodes_of(config) > 1 else OneNode()]
+    if config.get("enable_progress_bar") is False:  # with a bar among the callbacks Lightning refuses that
+        callbacks = [each for each in callbacks if not isinstance(each, ProgressBar)]
     try:
         return build(
             config,

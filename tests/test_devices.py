@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from src import fit, thresholds
 from src.callbacks.collect import Collect
+from src.callbacks.progress import Progress
 from src.certificate import certified
 from src.defenses.guarded import DefendedModel, Detection
 from src.stages import Stages
@@ -54,6 +55,14 @@ def test_certificates_and_thresholds_are_computed_on_the_device_of_the_trainer(
     assert {value.device.type for value in defended.frozen.values()} == {"cpu"}
     assert defended.device.type == "cpu"
     assert where == [("meta", "meta")] * 4
+
+
+def test_without_progress_bar_there_is_none() -> None:
+    config = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "enable_progress_bar": False}
+    assert fit.trainer(config, callbacks=[Progress()], logger=False).progress_bar_callback is None
+    assert fit.trainer(
+        config | {"enable_progress_bar": True}, callbacks=[Progress()], logger=False
+    ).progress_bar_callback
 
 
 def test_only_the_process_that_writes_gets_the_images_of_the_others(
