@@ -25,7 +25,7 @@ def farewell(error: KeyboardInterrupt) -> tuple[str, int]:
 
 
 def or_leave(error: Exception) -> None:
-    """Leave all the same where a library's C code has made ``error`` of the signal's exception."""
+    """Leave all the same where ``error`` is what a library has made of the signal's exception."""
     if _told is not None:
         raise _told from error
 
@@ -39,8 +39,6 @@ def on_signals() -> Iterator[None]:
     global _told
     main = threading.current_thread() is threading.main_thread()
     ours = {number: usual for number, usual in _USUAL.items() if main and signal.getsignal(number) == usual}
-    if ours:
-        _told = None
 
     def leave(number: int, _: Any) -> None:
         global _told
@@ -53,9 +51,10 @@ def on_signals() -> Iterator[None]:
         signal.signal(number, leave)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # it has come through
-        _told = None
+    except Exception as error:
+        or_leave(error)
         raise
     finally:
         for number, usual in ours.items():
             signal.signal(number, usual)
+            _told = None

@@ -71,6 +71,7 @@ class ResultsTable(Callback):
         from src.errors import UserError
 
         error = job_return._return_value
+        leaving.or_leave(error)
         reason = " ".join(str(error).split())
         if not isinstance(error, UserError):  # a mistake of ours, not of the user: the trace belongs in the log
             reason = f"{type(error).__name__}: {reason}"
