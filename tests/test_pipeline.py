@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -268,18 +267,6 @@ def test_every_small_classifier_goes_with_every_defense(
         )
     )  # fmt: skip
     assert {r.status for r in records.find(outcome.runs())} == {"done"}
-
-
-@pytest.mark.pictures
-def test_wandb_offline_run_holds_table_and_pictures(command: Command) -> None:
-    outcome = ok(command(*SMALL, "logger=wandb", "threat.eps=0.2"))
-    (run,) = outcome.runs()
-    (table,) = run.glob("wandb/offline-run-*/files/media/table/results*.table.json")
-    content = json.loads(table.read_text())
-    assert len(content["data"]) == 2
-    assert content["columns"][:3] == ["dataset", "classifier", "defense"]
-    images = {path.name.split("_")[0] for path in run.glob("wandb/offline-run-*/files/media/images/*.png")}
-    assert {"robustness", "pictures"} <= images
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from tests.test_report import cell, pair, sidecar
 from tests.test_tracking import read_run
 
 
+@pytest.mark.pictures
 def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outcome]) -> None:
     words = ["+debug=quick", "attack=fgsm", "defense=jpeg", "threat.eps=[0.2,0.3]"]  # at 0.1 gray_box is the stronger
     assert command(*words, "logger.tags=[mine]", "hydra.run.dir=a").code == 0
@@ -52,6 +53,7 @@ def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outco
     assert [row for row in found.history if "classifier/train_loss" in row], "the classifier was trained here"
     assert found.summary["largest_eps/white_box"] == found.summary["robust_accuracy/white_box/eps_0.3"]
     assert len(found.tables["results"]["data"]) == 4
+    assert found.tables["results"]["columns"][:3] == ["dataset", "classifier", "defense"]
     assert {path.name.split("_")[0] for path in run.glob("files/media/images/*.png")} >= {"pictures", "robustness"}
 
     # A third eps: another config, with cells and a classifier of the job before.
