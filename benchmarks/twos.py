@@ -72,12 +72,12 @@ def main() -> None:
     choice = ["dataset=mnist", f"classifier={given.classifier}"]
     on = twos(subject(choice, 10_000, root=given.root, artifacts=given.artifacts, weights=given.weights))
     head = ["attack", "settings", "norm", "eps", "twos", "turned into sixes", "time"]
+    about = f"# Twos into sixes: {on.name}\n\nMade by `make bench-twos`. Brackets: 95 % Wilson interval.\n\n"
     lines = []
     for row in ROWS:
         lines.append(measure((*row[:3], min(row[3], given.images)), on))
         print(" | ".join(lines[-1]), flush=True)
-    about = f"# Twos into sixes: {on.name}\n\nMade by `make bench-twos`. Brackets: 95 % Wilson interval.\n\n"
-    given.out.write_text(about + markdown(head, lines))
+        given.out.write_text(about + markdown(head, lines))  # the last rows take longest
 
 
 if __name__ == "__main__":
