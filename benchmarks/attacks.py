@@ -82,7 +82,7 @@ def _by_network(on: str, breaks: float, goals: dict[str, float]) -> Iterator[Rac
         peer("art", "DeepFool", max_iter=50),
         peer("torchattacks", "DeepFool", steps=50),
     )
-    yield Race("DeepFool l2", "deepfool", on, "l2", 1.5, goals["deepfool"], fool, minimal=True)
+    yield Race("DeepFool l2", "deepfool attack.contenders=2", on, "l2", 1.5, goals["deepfool"], fool, minimal=True)
     carlini = (
         peer("foolbox", "CarliniWagner", steps=100, binary_search_steps=9),
         peer("adv_lib", "carlini_wagner_l2", max_iterations=100, binary_search_steps=9),

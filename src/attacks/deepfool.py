@@ -58,7 +58,7 @@ class DeepFool(Attack):
         steps: PositiveInt = 50,
         overshoot: NonNegativeFloat = 0.02,
         candidates: Annotated[int, Field(ge=2)] = 10,
-        contenders: PositiveInt | None = 2,
+        contenders: PositiveInt | None = 3,
         batch_size: PositiveInt = 1024,
     ) -> None:
         self.steps = steps
