@@ -148,14 +148,14 @@ def _shares(model: torch.nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     return shares.gather(1, classes[:, None]).squeeze(1)
 
 
-def _detection(clean: Table, seen: Table, right: Tensor) -> dict[str, float | None]:
+def _detection(clean: Table, seen: Table, right: Tensor) -> dict[str, float]:
     """How well attacked images are told from clean ones: over those that the classifier behind would get wrong.
 
     ROC AUC is against all clean test images.
     """
     wrong = right & (seen["behind"] != seen["label"])
     accepted_wrong = ~seen["rejected"] & (seen["behind"] != seen["label"])
-    found: dict[str, float | None] = {
+    found: dict[str, float] = {
         "clean_rejected": float(clean["rejected"].double().mean()),
         "accepted_wrong": float(accepted_wrong.double().mean()),
     }
@@ -166,6 +166,7 @@ def _detection(clean: Table, seen: Table, right: Tensor) -> dict[str, float | No
         ranks = torch.unique(scores, return_inverse=True)[1].double()
         found["detection_auc"] = float(binary_auroc(ranks / len(scores), attacked))
         found["detection_tpr"] = float(seen["rejected"][wrong].double().mean())
+        found["detection_n"] = int(wrong.sum())
     return found
 
 

@@ -80,6 +80,7 @@ class Record(BaseModel):
     accepted_wrong: float | None = None  # share of the attacked images, of all n
     detection_auc: float | None = None  # attacked images that the classifier behind gets wrong against clean ones
     detection_tpr: float | None = None  # share of those images that is rejected, at the frozen threshold
+    detection_n: int | None = None  # how many those images are; None in records made before it was counted
     # Where the defense certifies: share of the first certified_n images right and certified at each l2 radius.
     certified_n: int | None = None
     certified: dict[str, float] | None = None
@@ -103,14 +104,6 @@ class Record(BaseModel):
             self.dataset, self.classifier, self.defense, self.attack, self.norm,
             self.eps, self.seed, self.targeted, self.variant,
         )  # fmt: skip
-
-    @property
-    def detection_n(self) -> int | None:
-        """Images that ``detection_tpr`` is a share of, by those that got past; None where none did: it is unknown."""
-        if self.detection_tpr is None or self.correct_defended is None or self.correct_attacked is None:
-            return None
-        missed = self.correct_defended - self.correct_attacked
-        return round(missed / (1 - self.detection_tpr)) if missed > 0 and self.detection_tpr < 1 else None
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """95 % Wilson interval of the share that the field ``name`` is; None where it is not known."""

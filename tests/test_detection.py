@@ -254,6 +254,8 @@ def test_a_detectors_record_and_its_thresholds_found_again(command: Command, tmp
         assert all(value is not None and 0 <= value <= 1 for value in told)
         assert record.robust_accuracy <= record.clean_accuracy_defended <= 1 - record.clean_rejected
         assert record.robust_accuracy + record.accepted_wrong <= 1
+        missed = record.correct_defended - record.correct_attacked
+        assert missed == round((1 - record.detection_tpr) * record.detection_n) > 0
     assert found["white_box"].detection_tpr < found["gray_box"].detection_tpr
     (threshold,) = tmp_path.glob("artifacts/thresholds/[!.]*")
     for record in (tmp_path / "artifacts" / "records").glob("*"):

@@ -410,11 +410,13 @@ def test_a_job_that_died_and_a_broken_record_are_noticed(tmp_path: Path) -> None
 
 
 def test_tables_show_what_a_detector_rejects_and_what_is_certified() -> None:
-    known = {"clean_rejected": 0.04, "detection_tpr": 0.5, "certified_n": 50, "certified": {"0.5": 0.8, "1": 0.24}}
-    rows = tables.side_by_side([cell(**known), cell(0.1, "white_box", 35, **known | {"detection_tpr": 0.25})])
+    detected, certified = {"detection_tpr": 0.5, "detection_n": 70}, {"certified": {"0.5": 0.8, "1": 0.24}}
+    known = {"clean_rejected": 0.04, "certified_n": 50, **detected, **certified}
+    rows = tables.side_by_side(
+        [cell(**known), cell(0.1, "white_box", 35, **known | {"detection_tpr": 0.25, "detection_n": 80})]
+    )
     shown = {name: value(rows[0]) for name, value in tables._measures(rows)}
     assert shown["clean rejected"] == "4.0 [1.6, 9.8]"
-    # 35 and 60 images were lost: a half and three quarters of those that the classifier got wrong
     assert (shown["detected gray_box"], shown["detected white_box"]) == ("50.0 [38.6, 61.4]", "25.0 [16.8, 35.5]")
     assert shown["certified n"] == "50"
     assert (shown["certified l2 0.5"], shown["certified l2 1"]) == ("80.0 [67.0, 88.8]", "24.0 [14.3, 37.4]")
