@@ -96,8 +96,7 @@ def test_a_sweep_trains_each_classifier_once_and_tabulates_failures(command: Com
     artifacts = outcome.folder / "artifacts"
     assert len(list((artifacts / "classifier").glob("[!.]*"))) == 1
     assert len(list((artifacts / "examples").glob("[!.]*"))) == 2  # one an eps, shared by the defenses
-    assert (sweep / "results.md").exists()
-    assert (sweep / "robustness_curve.png").exists()
+    assert all((sweep / name).exists() for name in ("results.md", "robustness_curve.png", "cost.png"))
 
 
 @two_cores

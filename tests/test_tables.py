@@ -150,7 +150,9 @@ def test_every_share_has_its_interval_from_its_own_count() -> None:
               "clean_rejected": 4, "accepted_wrong": 30}  # fmt: skip
     assert {name: bounds(name) for name in counts} == {name: store.wilson(n, 100) for name, n in counts.items()}
     assert (bounds("detection_tpr"), bounds("detection_tpr", 1)) == (store.wilson(35, 70), store.wilson(70, 70))
-    assert np.isnan([*bounds("detection_tpr", 2), *bounds("clean_accuracy", 2), *bounds("robust_accuracy_bare", 2)]).all()
+    assert np.isnan(
+        [*bounds("detection_tpr", 2), *bounds("clean_accuracy", 2), *bounds("robust_accuracy_bare", 2)]
+    ).all()
 
 
 # --- pivot and LaTeX --------------------------------------------------------------------------------------------

@@ -107,7 +107,13 @@ def test_pivot(tmp_path: Path) -> None:
 
 
 def test_detection_figures_go_with_the_cell() -> None:
-    known = {"clean_rejected": 0.04, "detection_tpr": 0.5, "detection_n": 70, "detection_auc": 0.75, "accepted_wrong": 0.3}
+    known = {
+        "clean_rejected": 0.04,
+        "detection_tpr": 0.5,
+        "detection_n": 70,
+        "detection_auc": 0.75,
+        "accepted_wrong": 0.3,
+    }
     cells = [doubt(cell(**known)), cell(access="white_box", **known)]
     rows = tables.side_by_side(cells)
     shown = {name: value(rows[0]) for name, value in tables._measures(rows)}

@@ -71,7 +71,7 @@ def test_a_job_is_a_run_and_goes_on_as_the_same_run(command: Callable[..., Outco
 
 
 def test_records_are_logged_at_any_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cells = [r for attack in ("fgsm", "pgd") for r in pair(attack=attack, config={"seed": 0})]
+    cells = [r for attack in ("fgsm", "pgd") for r in pair(attack=attack, config={"seed": 0}, defense_ms_per_image=1.0)]
     for record in cells:
         store.save(record, tmp_path / "s" / "records")
         sidecar(record, tmp_path / "s" / "records")
@@ -83,6 +83,7 @@ def test_records_are_logged_at_any_time(tmp_path: Path, capsys: pytest.CaptureFi
     table = whole.tables["results"]
     attacks = [row[table["columns"].index("attack")] for row in table["data"]]
     assert sorted(attacks) == ["fgsm", "fgsm", "pgd", "pgd", "worst_of_all", "worst_of_all"]
+    assert {image.split("_")[0] for image in whole.images} == {"robustness", "cost", "attacks"}
     for run in runs:
         if run is not whole:
             assert run.summary["largest_eps/gap"] == pytest.approx(0.25)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ def load(paths: Iterable[Path | str] | Path | str, *, worst: bool = True) -> Res
 
 
 def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path], out: Path) -> list[Path]:
-    """What a job or a sweep leaves: results.csv, results.md, the curve and, where there are examples, pictures.
+    """What a job or a sweep leaves: results.csv, results.md, the curve, the cost of several defenses, and pictures.
 
     Args:
         records: finished and failed cells alike.
@@ -50,7 +50,8 @@ def write_report(records: Iterable[Record], sidecar_folder: Path | Iterable[Path
         frame.write_csv(cells, out / "results.csv"),
         tables.write_markdown(cells, out / "results.md", comparison.to_markdown(cells, files)),
     ]
-    return [*paths, *_curves(cells, out, (".png",)), *_pictures(cells, files, out)]
+    costs = _costs(cells, out, (".png",)) if len({r.defense for r in cells}) > 1 else []
+    return [*paths, *_curves(cells, out, (".png",)), *costs, *_pictures(cells, files, out)]
 
 
 def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> list[Path]:
@@ -72,6 +73,12 @@ def write_all(records: Iterable[Record], folders: Sequence[Path], out: Path) -> 
     ]
     pictures = [*_pictures(cells, files, out), *_side_by_side(cells, files, out)]
     return [*paths, *pictures, page.write_page(rows, out / "report.html", pictures)]
+
+
+def draw_sweep(records: Iterable[Record], files: Mapping[str, Path], out: Path) -> list[Path]:
+    """The PNGs that take a whole sweep: curves, cost, and the changes of several attacks side by side."""
+    cells = list(records)
+    return [*_curves(cells, out, (".png",)), *_costs(cells, out, (".png",)), *_side_by_side(cells, files, out)]
 
 
 def _curves(cells: Sequence[Record], out: Path, kinds: Sequence[str]) -> list[Path]:
@@ -99,7 +106,7 @@ def _costs(cells: Sequence[Record], out: Path, kinds: Sequence[str]) -> list[Pat
     return [path for path in drawn if path is not None]
 
 
-def _pictures(cells: Sequence[Record], files: dict[str, Path], out: Path) -> list[Path]:
+def _pictures(cells: Sequence[Record], files: Mapping[str, Path], out: Path) -> list[Path]:
     from src.analysis import pictures
 
     paths = []
@@ -115,7 +122,7 @@ def _pictures(cells: Sequence[Record], files: dict[str, Path], out: Path) -> lis
     return paths
 
 
-def _side_by_side(cells: Sequence[Record], files: dict[str, Path], out: Path) -> list[Path]:
+def _side_by_side(cells: Sequence[Record], files: Mapping[str, Path], out: Path) -> list[Path]:
     from src.analysis import side_by_side
 
     groups = side_by_side.groups(cells)

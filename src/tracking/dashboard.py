@@ -41,7 +41,7 @@ def workspace(entity: str, project: str) -> Workspace:
                 log_x=True, **share),
     ]  # fmt: skip
     seen = [panels.MediaBrowser(title="Pictures", media_keys=["pictures"]),
-            panels.MediaBrowser(title="Curves", media_keys=["robustness_curve"]),
+            panels.MediaBrowser(title="Curves, cost", media_keys=["robustness_curve", "cost"]),
             panels.WeavePanelSummaryTable(table_name="results")]  # fmt: skip
     sections = [("Robustness", [*curves, *scatters]), ("Table and pictures", seen)]
     return workspaces.Workspace(

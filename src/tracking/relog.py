@@ -104,6 +104,7 @@ def relog(
         folders: where they were found, by which the run ``results`` is known.
         out: the runs lie in its ``wandb`` folder; `wandb sync` sends those made offline.
     """
+    from src import report
     from src.analysis import curves, pictures
 
     jobs = _jobs([record for record in records if record.status == "done"], made)
@@ -120,12 +121,8 @@ def relog(
             name = f"{first.defense} {first.attack} {first.norm}"
             with Tracker(**common, name=name, tags=tags, run_id=key) as tracker:
                 log_job(tracker, cells, config, [*drawn, *([grid] if grid else [])])
-        drawn = [
-            curves.robustness_curve(cells, Path(scratch) / f"robustness_curve{f'_{name}' if name else ''}.png")
-            for name, cells in curves.figures(records).items()
-        ]
         with Tracker(**common, name="results", tags=["results"], run_id=results_id(folders)) as tracker:
-            log_results(tracker, records, files, drawn)
+            log_results(tracker, records, files, report.draw_sweep(records, files, Path(scratch)))
     print(f"{len(jobs) + 1} runs of group {group} in {out / 'wandb'}")
     if mode == "offline":
         print(f"send them with: wandb sync {out / 'wandb'}/offline-run-*")
