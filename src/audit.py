@@ -196,10 +196,15 @@ def _worst(cells: Sequence[Any], out: Path) -> int:
     """Images that hold in every cell."""
     import numpy as np
 
+    from src import sidecars
+    from src.errors import UserError
+
     held = []
     for cell in cells:
-        with np.load(out / "records" / f"{cell.key}.npz") as arrays:
-            held.append(arrays["held"])
+        path = out / "records" / f"{cell.key}.npz"
+        if (found := sidecars.verdicts(cell, path)) is None:
+            raise UserError(f"{path}: not the verdicts of its record; delete it and run the same command again")
+        held.append(found.held)
     return int(np.logical_and.reduce(held).sum())
 
 

@@ -16,6 +16,7 @@ from src.checks.flags import raised
 from src.config import Job
 from src.defenses.guarded import DefendedModel
 from src.records import Record, wilson
+from src.sidecars import withstood
 from src.threat import Access, ThreatModel
 
 PICTURES = 8  # examples kept beside a record
@@ -91,9 +92,11 @@ def to_record(
 
 def has_held(clean: Table, seen: Table) -> Tensor:
     """``(n,)`` whether the defended model withstood the attack on each image."""
-    held = seen["prediction"] == seen["label"]
-    # A rejected image does no harm, but a system that rejects the clean image already has not held.
-    return (clean["defended"] == clean["label"]) & (held | seen["rejected"]) if "behind" in seen else held
+    same = seen["prediction"] == seen["label"]
+    if "behind" not in seen:
+        return same
+    held: Tensor = withstood(clean["defended"] == clean["label"], same, seen["rejected"])
+    return held
 
 
 @torch.no_grad()
@@ -133,7 +136,6 @@ def to_sidecar(
         "label": clean["label"],
         "clean_prediction": clean["defended"],
         "prediction": seen["prediction"],
-        "held": has_held(clean, seen),
         **{name: made[name] for name in ("attempted", "distance", "forward_passes", "backward_passes")},
     }
     names = np.array([*classes, "rejected"] if defended.rejects else classes, dtype=np.str_)

@@ -20,10 +20,10 @@ from src.worst import WORST, worst_cases
 from tests.test_report import cell, failed, pair
 
 
-def verdicts(record: Record, folder: Path, said: list[int], *, rejects: bool = False, clean: Any = None) -> Record:
+def verdicts(record: Record, folder: Path, said: Any, *, rejects: bool = False, clean: Any = None) -> Record:
     """A record of images that are all of class 0, with what the defended model says of each, attacked and clean."""
     names = ["0", "1", "rejected"] if rejects else ["0", "1"]
-    label, answers = np.zeros(len(said), dtype=int), np.array(said)
+    label, answers = np.zeros(len(said), dtype=int), np.array(said, dtype=int)
     before = np.array(clean if clean is not None else [0] * len(said))
     held = (before == 0) & ((answers == 0) | (answers == 2)) if rejects else answers == 0
     low, high = store.wilson(int(held.sum()), len(said))

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src import records, report
+from src import report
 from src.report.comparison import against_best
 from src.uncertainty import exact, excess, over_seeds, paired
 from tests.planted import cell
+from tests.test_tables import verdicts
 
 
 def outcomes(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,8 +77,8 @@ def test_the_report_compares_seeds_and_defenses(tmp_path: Path) -> None:
         vae = rng.random(100) < 0.5
         none = vae & (np.arange(100) >= 30)
         for name, held in (("vae", vae), ("none", none)):
-            cells.append(cell(int(held.sum()), n=100, seed=seed, defense=name, key=f"{name}{seed}"))
-            records.save_sidecar(tmp_path / f"{name}{seed}.npz", {"held": held})
+            record = cell(int(held.sum()), n=100, seed=seed, defense=name, key=f"{name}{seed}")
+            cells.append(verdicts(record, tmp_path, ~held))
     found = against_best(cells, {"vae0": vae, "none0": none, "vae1": vae})
     assert [(each.best.key, each.other.key) for each in found] == [("vae0", "none0")]
     report.write_report(cells, tmp_path, tmp_path / "out")

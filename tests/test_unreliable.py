@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from src import frame, sidecars, tables
-from src import records as store
 from src.analysis import cost, curves, points
 from src.records import Record
 from src.report import comparison, latex, page, pivot
 from src.tracking import relog
 from tests.test_report import cell, pair
+from tests.test_tables import verdicts
 
 FLAG = "weaker_access_stronger"
 SAYS = "an attacker who knows less does more harm"
@@ -144,8 +144,7 @@ def test_comparisons_take_sound_cells_only(tmp_path: Path) -> None:
 def test_defenses_are_compared_without_the_doubtful_and_it_is_said(tmp_path: Path) -> None:
     cells = [cell(right=right, defense=name, key=name) for name, right in (("vae", 60), ("jpeg", 30), ("none", 90))]
     for record in cells:
-        held = np.arange(100) < 100 * (record.robust_accuracy or 0)
-        store.save_sidecar(tmp_path / f"{record.key}.npz", {"held": held})
+        verdicts(record, tmp_path, np.arange(100) >= 100 * (record.robust_accuracy or 0))
     text = comparison.to_markdown([*cells[:2], doubt(cells[2])], sidecars.find([tmp_path]))
     (row,) = [line for line in text.splitlines() if line.startswith("| digits")]
     assert [field.strip() for field in row.split("|")][7:10] == ["vae", "jpeg", "30.0"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from src import retry, sidecars
 from src.checks.across import across
 from src.errors import UserError
 from src.records import Record
-from src.report import write_all
+from src.report import draw_sweep, write_all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,17 +93,20 @@ def _relog(words: Sequence[str]) -> int:
     from src.tracking import group_of, relog
 
     folders = [_folder(path) for path in options.paths]
-    relog.relog(
-        cells,
-        sidecars.find(options.paths),
-        retry.marked(folders),
-        folders=folders,
-        out=options.out or folders[0],
-        project=options.project,
-        entity=options.entity,
-        group=options.group or group_of(folders[0].resolve()),
-        mode=options.mode,
-    )
+    files = sidecars.find(options.paths)
+    with tempfile.TemporaryDirectory() as scratch:
+        relog.relog(
+            cells,
+            files,
+            retry.marked(folders),
+            folders=folders,
+            pictures=draw_sweep(cells, files, Path(scratch)),
+            out=options.out or folders[0],
+            project=options.project,
+            entity=options.entity,
+            group=options.group or group_of(folders[0].resolve()),
+            mode=options.mode,
+        )
     if options.dashboard:
         from src.tracking import dashboard
 

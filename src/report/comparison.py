@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from src import records as store
+from src import sidecars
+from src.analysis.points import defense_name
 from src.checks.flags import unreliable
 from src.records import Record
 from src.tables import format_eps, percent
@@ -63,19 +63,6 @@ def _model(record: Record) -> tuple[object, ...]:
     return record.defense, variant_of(record), weights
 
 
-def read_held(records: Iterable[Record], files: Mapping[str, Path]) -> dict[str, NDArray[np.bool_]]:
-    """The outcomes of each image that lie beside records; those of older ones, which have none, are left out."""
-    held = {}
-    for record in records:
-        try:
-            with np.load(files[record.key], allow_pickle=False) as arrays:
-                if "held" in arrays and len(arrays["held"]) == record.n:
-                    held[record.key] = arrays["held"]
-        except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile):
-            continue
-    return held
-
-
 def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
     """The sections of results.md over seeds and between defenses; empty where there is nothing to say.
 
@@ -85,19 +72,16 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
 
     done = [record for record in records if record.status == "done"]
     records = [record for record in done if not unreliable(record.flags)]
-    held = read_held(done, files)
+    held = {r.key: found.held for r in done if (found := sidecars.verdicts(r, files.get(r.key))) is not None}
 
     def about(record: Record) -> list[str]:
         return [record.dataset, record.classifier, record.attack, record.norm, format_eps(record.eps), record.access]
-
-    def name(record: Record) -> str:
-        return f"{record.defense} ({record.variant})" if record.variant else record.defense
 
     def between(low: float, high: float) -> str:
         return f"[{percent(low)}, {percent(high)}]"
 
     def section(title: str, head: list[str], rows: list[list[str]], text: str, without: Iterable[Record]) -> str:
-        left = [f"{' '.join(about(r))} {name(r)} seed {r.seed}" for r in without if unreliable(r.flags)]
+        left = [f"{' '.join(about(r))} {defense_name(r)} seed {r.seed}" for r in without if unreliable(r.flags)]
         told = [f"## {title}"]
         if rows:
             told += [tabulate(rows, [*heads, *head], tablefmt="pipe", disable_numparse=True), text]
@@ -110,8 +94,8 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
         "Over seeds",
         ["defense", "seeds", "mean", "95 % interval", "sd"],
         [
-            [*about(each.first), name(each.first), str(each.seeds), percent(each.mean), between(each.low, each.high),
-             percent(each.spread)]
+            [*about(each.first), defense_name(each.first), str(each.seeds), percent(each.mean),
+             between(each.low, each.high), percent(each.spread)]
             for each in over_seeds(records)
         ],
         "Mean robust accuracy over the seeds in %, its interval by Student's t, and the standard deviation between "
@@ -124,7 +108,7 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
         "Over redraws",
         ["defense", "draws", "mean", "sd", "least to most"],
         [
-            [*about(record), name(record), str(len(found)), percent(mean(found)), percent(stdev(found)),
+            [*about(record), defense_name(record), str(len(found)), percent(mean(found)), percent(stdev(found)),
              f"{percent(min(found))} to {percent(max(found))}"]
             for record, found in zip(drawn, values, strict=True) if not unreliable(record.flags)
         ],
@@ -135,7 +119,7 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
         "Defense against defense",
         ["best", "against", "difference (pp)", "95 % interval", "images only one holds", "p"],
         [
-            [*about(each.best), name(each.best), name(each.other), percent(each.found.difference),
+            [*about(each.best), defense_name(each.best), defense_name(each.other), percent(each.found.difference),
              between(each.found.low, each.found.high), f"{each.found.only_first} / {each.found.only_second}",
              f"{each.found.p:.2g}"]
             for each in against_best(records, held)

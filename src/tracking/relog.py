@@ -88,6 +88,7 @@ def relog(
     made: Iterable[tuple[Iterable[str], Mapping[str, Any]]],
     *,
     folders: Iterable[Path],
+    pictures: Iterable[Path],
     out: Path,
     project: str,
     entity: str | None,
@@ -102,10 +103,11 @@ def relog(
         made: keys of the records and config of each job that is known. A cell of none of them belongs to the job that
             measured it, which may have been another than the one whose folder it was found in.
         folders: where they were found, by which the run ``results`` is known.
+        pictures: of all of them together, which that run shows.
         out: the runs lie in its ``wandb`` folder; `wandb sync` sends those made offline.
     """
-    from src import report
-    from src.analysis import curves, pictures
+    from src.analysis import curves
+    from src.analysis.pictures import picture_grid
 
     jobs = _jobs([record for record in records if record.status == "done"], made)
     common: dict[str, Any] = {
@@ -115,14 +117,14 @@ def relog(
         for key, (config, cells) in jobs.items():
             first = cells[0]
             drawn = [curves.robustness_curve(cells, Path(scratch) / key / "robustness_curve.png")]
-            grid = pictures.picture_grid(cells, files, Path(scratch) / key / "pictures.png")
+            grid = picture_grid(cells, files, Path(scratch) / key / "pictures.png")
             tags = [first.dataset, first.classifier, *first.defense.split("+"), first.attack]
             tags += sorted({r.access for r in cells})
             name = f"{first.defense} {first.attack} {first.norm}"
             with Tracker(**common, name=name, tags=tags, run_id=key) as tracker:
                 log_job(tracker, cells, config, [*drawn, *([grid] if grid else [])])
         with Tracker(**common, name="results", tags=["results"], run_id=results_id(folders)) as tracker:
-            log_results(tracker, records, files, report.draw_sweep(records, files, Path(scratch)))
+            log_results(tracker, records, files, pictures)
     print(f"{len(jobs) + 1} runs of group {group} in {out / 'wandb'}")
     if mode == "offline":
         print(f"send them with: wandb sync {out / 'wandb'}/offline-run-*")
