@@ -1,13 +1,15 @@
-"""The schedule of a training, also of one of very few steps."""
+"""The schedule of a training, also of one of very few steps, and whose precision it takes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from src.recipe import Recipe
+from src.report.command import CONF
 
 
 def recipe(warmup: float) -> Recipe:
@@ -48,3 +50,19 @@ def test_onecycle_is_that_of_torch(warmup: float, steps: int) -> None:
     )  # fmt: skip
     wanted = rates({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}, steps)
     assert rates(recipe(warmup).optimizers(nn.Linear(2, 2), steps=steps), steps) == wanted
+
+
+@pytest.mark.parametrize(
+    "defense", ["adversarial_training_fast", "distillation", "rbf", "smoothing", "squeezed_training"]
+)
+def test_a_network_of_the_classifiers_kind_is_trained_in_its_precision(defense: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for classifier in ("cnn6", "own"):
+            overrides = (
+                ["classifier=own", "classifier.model=a:b"] if classifier == "own" else [f"classifier={classifier}"]
+            )
+            fit = compose("train", overrides=[*overrides, f"defense={defense}"]).defense.fit
+            like_it = classifier == "cnn6"
+            assert (fit.augment, fit.channels_last) == (like_it, like_it)
+            assert fit.precision == ("bf16-mixed" if like_it else "32-true")
+            assert fit.optimizer == "adam"
