@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
-from src.analysis.curves import BLUE, GREEN, PURPLE, VERMILLION, paper_style
+from src.analysis.curves import ACCESS, paper_style
 from src.analysis.scene import Analysis, Scene, finish
 from src.errors import UserError
-
-_COLORS = {"gray_box": BLUE, "white_box": VERMILLION, "black_box": GREEN, "transfer": PURPLE}
 
 
 class AttackLoss(Analysis):
@@ -55,7 +53,7 @@ class AttackLoss(Analysis):
                     losses.append(float(F.cross_entropy(shown, labels)))
                     held = scene.held(before, logits.argmax(1).cpu())
                     accuracies.append(100 * float(held.double().mean()))
-                look = {"color": _COLORS.get(access, "black"), "marker": "o", "markersize": 3.5, "label": access}
+                look = {"color": ACCESS[access], "marker": "o", "markersize": 3.5, "label": access}
                 left.plot(budgets, losses, **look)
                 right.plot(budgets, accuracies, **look)
             for axis in (left, right):

@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from src import records as store
-from src.analysis.curves import BLUE, FONT, GREEN, ORANGE, PURPLE, SKY, VERMILLION, caption, paper_style, save_figure
+from src.analysis.curves import COLORS, FONT, MARKERS, caption, paper_style, save_figure
 from src.analysis.points import defense_name
 from src.checks.flags import unreliable
 from src.records import Record
 from src.tables import format_eps
-
-_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#666666")
-_MARKERS = "os^Dv<>P"
 
 
 def figures(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -57,7 +54,7 @@ def cost_scatter(cells: Sequence[Record], path: Path) -> Path | None:
         sizes = [r.defense_memory_mib for r in shown if r.defense_memory_mib]
         handles: list[Any] = []
         for place, defense in enumerate(defenses):
-            color, marker = _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)]
+            color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
             for r in (r for r in shown if defense_name(r) == defense):
                 face = color if r.access == "white_box" else "none"
                 x, y = r.defense_ms_per_image or math.nan, 100 * (r.robust_accuracy or 0.0)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-_DEFENSES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-_MARKERS = "os^Dv<>P"
+# Of several defenses; colours and markers repeat with different periods, so that more than colours still differ.
+COLORS, MARKERS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#666666"), "os^Dv<>P"
+ACCESS = {"gray_box": BLUE, "white_box": VERMILLION, "black_box": GREEN, "transfer": PURPLE}
 _STYLES = {"gray_box": (0, (4, 1.5)), "white_box": "solid"}
 _GREYS, _CROSSES = (BLACK, "#777777", "#AAAAAA"), "x+12"  # of the bare classifier, where it has several lines
 _NAMES = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": r"$\ell_0$"}
@@ -242,7 +243,7 @@ def _lines(cells: Sequence[Record], defenses: list[str], bare: list[str]) -> lis
         if len(defenses) == 1:
             color, marker, label = (VERMILLION, "s", access) if access == "white_box" else (BLUE, "o", access)
         else:
-            color, marker = _DEFENSES[place % len(_DEFENSES)], _MARKERS[place % len(_MARKERS)]
+            color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
             label = f"{defense}, {access}"
         result.append(Line(label, color, _STYLES.get(access, "dashdot"), marker, points))
     return result

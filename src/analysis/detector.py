@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
-from src.analysis.curves import BLUE, GREEN, PURPLE, VERMILLION, paper_style
+from src.analysis.curves import ACCESS, paper_style
 from src.analysis.scene import Analysis, Scene, finish
 from src.errors import UserError
-
-_COLORS = {"gray_box": VERMILLION, "white_box": PURPLE, "black_box": GREEN, "transfer": "#000000"}
 
 
 class Detector(Analysis):
@@ -50,9 +47,9 @@ class Detector(Analysis):
             figure = Figure(figsize=(7.0, 3.2), dpi=200, layout="constrained")
             left, curve = figure.subplots(1, 2)
             edges = torch.linspace(lowest, max(2.0, float(base.max())), 41).tolist()
-            left.hist(base.clamp(edges[0], edges[-1]), edges, color=BLUE, alpha=0.5, label=f"clean ({len(base)})")
+            left.hist(base.clamp(edges[0], edges[-1]), edges, color="#bbbbbb", label=f"clean ({len(base)})")
             for access, scores in attacked.items():
-                color, label = _COLORS[access], f"attacked, {access} ({len(scores)})"
+                color, label = ACCESS[access], f"attacked, {access} ({len(scores)})"
                 left.hist(scores.clamp(edges[0], edges[-1]), edges, color=color, histtype="step", label=label)
                 if len(scores):
                     x, y, area = roc(base, scores)
@@ -84,7 +81,4 @@ def roc(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor, float]:
     y = (attacked[None] >= cuts[:, None]).double().mean(dim=1)
     start = torch.zeros(1, dtype=torch.float64)
     x, y = torch.cat([start, x]), torch.cat([start, y])
-    scores = torch.cat([clean, attacked])
-    ranks = torch.unique(scores, return_inverse=True)[1].double() / len(scores)
-    truth = torch.cat([torch.zeros(len(clean)), torch.ones(len(attacked))]).long()
-    return x, y, float(binary_auroc(ranks, truth))
+    return x, y, float(torch.trapezoid(y, x))

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from pydantic import PositiveInt
 
-from src.analysis.curves import BLUE, GREEN, PURPLE, VERMILLION, paper_style, unit
+from src.analysis.curves import ACCESS, paper_style, unit
 from src.analysis.scene import Analysis, Scene, finish
 from src.errors import UserError
 
-_COLORS = {"gray_box": BLUE, "white_box": VERMILLION, "black_box": GREEN, "transfer": PURPLE}
 _AIM = {"gray_box": "the bare classifier", "transfer": "the surrogate"}
 
 
@@ -43,7 +42,7 @@ class Distances(Analysis):
                 turned[made.attempted & ~made.success] = float("inf")
                 found = turned[turned.isfinite()].sort().values
                 share = 100 * torch.arange(1, len(found) + 1) / len(labels)
-                color = _COLORS.get(access, "black")
+                color = ACCESS[access]
                 axis.step(
                     found.cpu(),
                     share,

@@ -52,7 +52,7 @@ class Representation(Analysis):
             raise UserError(f"{len(labels)} images are too few; expected at least 5 (limit.test_images, images)")
         attacked = scene.attacked(scene.strongest, self.images).images
         with torch.no_grad():
-            purified = scene.defended.purified(attacked) if hasattr(scene.defended, "purified") else attacked
+            purified = scene.defended.purified(attacked)
         sets = {"clean": clean, f"attacked ({scene.strongest})": attacked}
         if not torch.equal(purified, attacked):
             sets["purified"] = purified
@@ -96,8 +96,6 @@ def features(classifier: Any, images: Tensor) -> Tensor:
         UserError: the classifier does not say what its last layer is.
     """
     network = getattr(classifier, "network", classifier)
-    while not hasattr(network, "features") and hasattr(network, "classifier"):
-        network = getattr(network.classifier, "network", network.classifier)
     if not hasattr(network, "features"):
         raise UserError(f"{type(network).__name__} has no features(images); use a classifier of conf/classifier")
     return torch.cat([network.features(images[i : i + 256]).float().flatten(1) for i in range(0, len(images), 256)])

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
@@ -54,8 +54,6 @@ class ImageDataModule(LightningDataModule, ABC):
         root: folder (or file) the data lies in; None where none is needed.
         validation: fraction of the training images of each class kept for validation, at least one of each.
         seed: decides the validation split, the training order and the augmentation. Never the test split.
-        memory_limit_gib: GiB of uint8 pixels up to which a set of picture files is held in memory.
-        workers: processes that decode pictures of a set over that limit; 0 decodes in the main process.
         limit_train: images to take for training and validation together, the first of a seeded shuffle in
             which every beginning has nearly the class shares of the whole; None takes all.
         limit_test: test images to take, the first of one shuffle for every seed; None takes all.
@@ -69,6 +67,7 @@ class ImageDataModule(LightningDataModule, ABC):
     test: Split
     train_fingerprint: str  # of what is trained on
     fingerprint: str  # of that and the test images
+    workers: int = 0  # processes that decode pictures; 0: this one
 
     def __init__(
         self,
@@ -76,8 +75,6 @@ class ImageDataModule(LightningDataModule, ABC):
         root: str | None = None,
         validation: Fraction = 0.1,
         seed: NonNegativeInt = 0,
-        memory_limit_gib: PositiveFloat = 2.0,
-        workers: NonNegativeInt = 0,
         limit_train: PositiveInt | None = None,
         limit_test: PositiveInt | None = None,
         augmentation: Augment | None = None,
@@ -87,8 +84,6 @@ class ImageDataModule(LightningDataModule, ABC):
         self.validation = validation
         self.on_validation = False  # whether validation images stand for the test images
         self.seed = seed
-        self.memory_limit_gib = memory_limit_gib
-        self.workers = workers
         self.limit_train = limit_train
         self.limit_test = limit_test
         self.augmentation = augmentation

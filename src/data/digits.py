@@ -13,7 +13,6 @@ class Digits(ImageDataModule):
     """1,797 grey 8x8 digits (Alpaydin and Kaynak, https://archive.ics.uci.edu/dataset/80).
 
     Their values 0..16 are stretched to 0..255. The test fifth of each class is the same for every seed.
-    ``root`` is not used.
     """
 
     @property

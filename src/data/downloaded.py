@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from filelock import FileLock
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from src.data.augment import Augment
 from src.data.base import DataSpec, Fraction, ImageDataModule, Split
@@ -36,16 +36,14 @@ class DownloadedData(ImageDataModule):
         root: str | None = "data",
         validation: Fraction = 0.1,
         seed: NonNegativeInt = 0,
-        memory_limit_gib: PositiveFloat = 2.0,
-        workers: NonNegativeInt = 0,
         limit_train: PositiveInt | None = None,
         limit_test: PositiveInt | None = None,
         augmentation: Augment | None = None,
         download: bool = True,
     ) -> None:
         super().__init__(
-            root=root, validation=validation, seed=seed, memory_limit_gib=memory_limit_gib, workers=workers,
-            limit_train=limit_train, limit_test=limit_test, augmentation=augmentation,
+            root=root, validation=validation, seed=seed, limit_train=limit_train, limit_test=limit_test,
+            augmentation=augmentation,
         )  # fmt: skip
         self.download = download
 

@@ -35,6 +35,8 @@ class ImageFolder(ImageDataModule):
         size: side in pixels: the shorter side is scaled to it, the middle square kept; None: all have one.
         test: where there is no ``test/``: share of each class put aside for testing, the same for every seed.
         cache: folder that keeps the decoded pictures for the next run, which then reads them in a second.
+        memory_limit_gib: GiB of uint8 pixels up to which the set is held in memory.
+        workers: processes that decode pictures of a set over that limit; 0 decodes in the main process.
     """
 
     def __init__(
@@ -43,22 +45,24 @@ class ImageFolder(ImageDataModule):
         root: str | None = None,
         validation: Fraction = 0.1,
         seed: NonNegativeInt = 0,
-        memory_limit_gib: PositiveFloat = 2.0,
-        workers: NonNegativeInt = 0,
         limit_train: PositiveInt | None = None,
         limit_test: PositiveInt | None = None,
         augmentation: Augment | None = None,
         size: PositiveInt | None = None,
         test: Fraction = 0.2,
         cache: str | None = None,
+        memory_limit_gib: PositiveFloat = 2.0,
+        workers: NonNegativeInt = 0,
     ) -> None:
         super().__init__(
-            root=root, validation=validation, seed=seed, memory_limit_gib=memory_limit_gib, workers=workers,
-            limit_train=limit_train, limit_test=limit_test, augmentation=augmentation,
+            root=root, validation=validation, seed=seed, limit_train=limit_train, limit_test=limit_test,
+            augmentation=augmentation,
         )  # fmt: skip
         self.size = size
         self.test_share = test
         self.cache = cache
+        self.memory_limit_gib = memory_limit_gib
+        self.workers = workers
 
     def load(self) -> tuple[DataSpec, Split, Split]:
         """List, decode or survey, divide.

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from src.data.base import DataSpec, ImageDataModule, Split, channel_statistics, default_augment, default_eps
+from src.data.augment import Augment
+from src.data.base import (
+    DataSpec,
+    Fraction,
+    ImageDataModule,
+    Split,
+    channel_statistics,
+    default_augment,
+    default_eps,
+)
 from src.errors import UserError
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -18,8 +28,29 @@ class NPZ(ImageDataModule):
     """Images ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)`` with C 1 or 3, labels ``(N,)`` from 0.
 
     Images are uint8, or floats in [0, 1], which are rounded to the 256 levels of uint8. ``root`` is the file
-    or a folder that holds just one such file. Nothing pickled is ever read.
+    or a folder that holds just one such file. Nothing pickled is ever read. Other arguments as in
+    :class:`ImageDataModule`.
+
+    Args:
+        memory_limit_gib: GiB of arrays; a larger file is refused, since it cannot be read in pieces.
     """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        validation: Fraction = 0.1,
+        seed: NonNegativeInt = 0,
+        limit_train: PositiveInt | None = None,
+        limit_test: PositiveInt | None = None,
+        augmentation: Augment | None = None,
+        memory_limit_gib: PositiveFloat = 2.0,
+    ) -> None:
+        super().__init__(
+            root=root, validation=validation, seed=seed, limit_train=limit_train, limit_test=limit_test,
+            augmentation=augmentation,
+        )  # fmt: skip
+        self.memory_limit_gib = memory_limit_gib
 
     def load(self) -> tuple[DataSpec, Split, Split]:
         """Read and convert.
@@ -68,7 +99,7 @@ class NPZ(ImageDataModule):
         try:
             with zipfile.ZipFile(path) as archive:
                 needed = sum(item.file_size for item in archive.infolist()) / 2**30
-            if needed > self.memory_limit_gib:  # it cannot be read in pieces
+            if needed > self.memory_limit_gib:
                 raise UserError(
                     f"dataset.memory_limit_gib={self.memory_limit_gib}: {path.name} takes {needed:.1f} GiB."
                     " Allowed: raise the limit, or store the pictures as files and use dataset=image_folder"

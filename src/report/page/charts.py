@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Okabe and Ito (2008) without black and yellow: apart for the colour-blind and readable on white. Shapes repeat with
-# another period, so that more defenses than colours still look different.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666"]
+from src.analysis.curves import COLORS
+
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"]
 DASHES = {"gray_box": [5, 3], "white_box": [1, 0], "black_box": [2, 2], "transfer": [8, 3, 2, 3]}
 _PERCENT = {"scale": {"domain": [0, 100]}, "axis": {"tickCount": 6}}
