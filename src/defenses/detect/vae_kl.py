@@ -16,8 +16,8 @@ class VAEKL(Detector):
     """Flags an image whose reconstruction, by a VAE of clean images, the classifier sees otherwise.
 
     The score is the KL divergence of the classifier's probabilities for the image from those for the reconstruction
-    of the mean code, 0 or more, in nats. After the detector of the student system C, which has two numbers in the code
-    and a fixed threshold of 0.3. VAE: Kingma, Welling 2013, https://arxiv.org/abs/1312.6114
+    of the mean code, 0 or more, in nats. After the detector of system C (docs/systems.md), which has two numbers in the
+    code and a fixed threshold of 0.3. VAE: Kingma, Welling 2013, https://arxiv.org/abs/1312.6114
 
     Args:
         latent: numbers in the code.

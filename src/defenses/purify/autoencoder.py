@@ -17,7 +17,7 @@ class Autoencoder(Purifier):
     """Reconstructs the image, having learnt to map attacked images to clean ones (mean squared error).
 
     Related paper: Gu, Rigazio 2014, "Towards Deep Neural Network Architectures Robust to Adversarial Examples",
-    https://arxiv.org/abs/1412.5068; the shapes are those of the student system that the project set out from.
+    https://arxiv.org/abs/1412.5068; the shapes are those of system A (docs/systems.md).
 
     Args:
         architecture: ``dense`` (strided convolutions, then a flat code), ``conv`` (the code is a feature map) or

@@ -20,7 +20,7 @@ SHARPNESS = 20.0  # of the smooth stand-in for a sketch, per unit of grey
 class CounterGAN(Purifier):
     """Adds to the image a noise image made by a generator, which learns to undo attacks on the target classifier.
 
-    Source: counterGAN, the student system that the project set out from (system D). It is a relative of APE-GAN, Shen,
+    Source: counterGAN, system D (docs/systems.md). It is a relative of APE-GAN, Shen,
     Jin, Gao, Zhang 2017, https://arxiv.org/abs/1707.05474, which makes the whole image anew. Losses: Goodfellow et al.
     2014, https://arxiv.org/abs/1406.2661 (bce); Mao et al. 2016, https://arxiv.org/abs/1611.04076 (mse); Gulrajani et
     al. 2017, https://arxiv.org/abs/1704.00028 (wgan_gp).

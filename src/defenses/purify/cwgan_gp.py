@@ -20,7 +20,7 @@ CHUNK = 1000  # images generated at once
 class CWGANGP(WassersteinGAN):
     """Replaces the classifier: images are generated for each class, and the class of the nearest is the answer.
 
-    The shapes are those of the student system that the project set out from (one image a class, least mean squared
+    The shapes are those of system A (docs/systems.md; one image a class, least mean squared
     error; a Siamese network was what it wished for). Related papers: Gulrajani et al. 2017,
     https://arxiv.org/abs/1704.00028; a model of each class as a defense: Schott et al. 2018, "Towards the first
     adversarially robust neural network model on MNIST", https://arxiv.org/abs/1805.09190.
@@ -44,7 +44,7 @@ class CWGANGP(WassersteinGAN):
         width: channels of the generator's and critic's convolutions next to the image.
         similarity: ``mse`` or ``siamese``: a network trained beside the generator on pairs of an attacked and a clean
             image (of two clean ones where the config names no attack).
-        draws: images a class; 1: as in the student system.
+        draws: images a class; 1: as in system A.
         refine: steps of descent on the code of each class's nearest image.
         rate: step size of that on the squared error, mean over pixels or over the numbers of a point.
         n_critic: steps of the critic for one of the generator.
