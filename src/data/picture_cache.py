@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
+
+from src import records
 
 _log = logging.getLogger(__name__)
 
@@ -61,19 +61,11 @@ def _checksum(array: np.ndarray) -> bytes:
 
 
 def _keep(path: Path | None, write: Callable[[IO[bytes]], object]) -> None:
-    """Write under a temporary name and rename. A cache that cannot be written costs time, not the run."""
+    """A cache that cannot be written costs time, not the run."""
     if path is None:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with records.whole(path) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         _log.warning("%s cannot be written (%s): the next run decodes the pictures again", path, error.strerror)
-    finally:
-        with contextlib.suppress(OSError):  # the folder is missing or closed to us: already reported
-            temporary.unlink(missing_ok=True)
