@@ -110,6 +110,49 @@ def test_looks_at_the_step_size_where_the_paper_does() -> None:
     assert torch.tensor(looks).cumsum(0).tolist() == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
+@pytest.mark.parametrize("rho", [0.75, 0.5])
+def test_every_point_is_that_of_the_published_algorithm(rho: float) -> None:
+    """Images of one value in a hilly landscape: algorithm 1 of the paper, with what its code says of the looks."""
+    visited = []
+
+    class Hills(nn.Module):
+        def lead(self, x: torch.Tensor) -> torch.Tensor:
+            return (25 * x).sin() + 0.7 * (90 * x).sin() + 2 * x - 4  # never above 0: no image is turned
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            visited.append(x.detach().flatten())
+            value = x.flatten(1)[:, 0]
+            return torch.stack([torch.zeros_like(value), self.lead(value)], dim=1)
+
+    model, clean, eps = Hills(), torch.linspace(0.3, 0.7, 40), 0.3
+    labels, threat = torch.zeros(40, dtype=torch.int64), ThreatModel(norm="linf", eps=eps)
+    attacked = APGD(rho=rho)(model, clean.view(-1, 1, 1, 1), labels, threat)
+    path = torch.stack(visited[1:-1], dim=1)  # the others are verdicts
+
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(model.lead(x).sum(), x)
+        return found
+
+    now = before = peak = path[:, 0]
+    low, high, step, halved = clean - eps, clean + eps, torch.full((40,), 2 * eps), clean > 0
+    points, losses, then, seen = [now], [model.lead(now)], model.lead(now), 0
+    for index in range(1, 101):
+        there = (now + step * slope(now).sign()).clamp(low, high)
+        moved = there if index == 1 else (now + 0.75 * (there - now) + 0.25 * (now - before)).clamp(low, high)
+        before, now = now, moved
+        points.append(now)
+        losses.append(model.lead(now))
+        peak = torch.where(losses[-1] > model.lead(peak), now, peak)
+        if index in (22, 41, 57, 70, 80, 87, 93, 99):
+            rises = sum(losses[i] > losses[i - 1] for i in range(seen + 1, index + 1))
+            halved = (rises <= rho * (index - seen)) | (~halved & (model.lead(peak) <= then))
+            step, now = torch.where(halved, step / 2, step), torch.where(halved, peak, now)
+            then, seen = model.lead(peak), index
+    torch.testing.assert_close(path, torch.stack(points, dim=1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(attacked.images.flatten(), peak, rtol=0, atol=1e-4)
+
+
 def test_turned_images_leave_the_batch() -> None:
     model = curved()
     images, labels = batch(model)
@@ -190,5 +233,6 @@ def test_the_plain_ratio_is_flat_where_the_target_is_third() -> None:
     assert float(flat.abs().max()) < 1e-5
     _, steep = gradient(query, images, third, threat, partial(dlr_pair, other=order[:, 0]))
     assert float(steep.abs().amax(dim=(1, 2, 3)).min()) > 1e-2
-    attacked = APGD(steps=20, loss="dlr")(model, images, order[:, 0], threat, target=third)
-    assert attacked.success.float().mean() > 0.7
+    for attack in (APGD(steps=20, loss="dlr"), PGD(steps=20, loss="dlr", random_start=False)):
+        attacked = attack(model, images, order[:, 0], threat, target=third)
+        assert attacked.success.float().mean() > 0.7
