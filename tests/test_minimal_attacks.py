@@ -112,6 +112,21 @@ def test_cw_finds_the_distance_whatever_the_scale_of_logits_and_distance(scale: 
     assert float(ratio.max()) <= 1.01
 
 
+def test_cw_leads_by_its_confidence_and_goes_no_further() -> None:
+    confidence = 1.0
+    model, images, margin, weight = near_the_plane(4)
+    labels = (margin < 0).long()
+    attacked = CW(steps=50, confidence=confidence)(model, images, labels, ThreatModel(norm="l2", eps=INF))
+    assert attacked.success.all()
+    with torch.no_grad():
+        logits = model(attacked.images)
+    lead = (logits[:, 1] - logits[:, 0]) * margin.sign()
+    assert float(lead.min()) >= confidence
+    ratio = attacked.distance / ((margin.abs() + confidence) / weight.norm())
+    assert float(ratio.min()) >= 1 - 1e-4
+    assert float(ratio.max()) <= 1.02
+
+
 def test_fmn_l0_finds_the_fewest_pixels() -> None:
     """Largest gains first, each pixel moved to the end of the box: that greedy count is optimal for a linear model."""
     model, images, margin, weight = near_the_plane(12)

@@ -80,6 +80,28 @@ def test_passes_that_the_view_does_not_see_can_be_added() -> None:
         some.add_backward(3)
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_the_refusal_is_folded_into_the_goal_of_each_image_in_every_block(targeted: bool) -> None:
+    """Class 2 is the refusal. Untargeted it backs the label to leave, targeted whatever is not wanted."""
+    answers = torch.tensor([[1.0, 2.0, 3.0], [5.0, 4.0, 3.0]])
+
+    class Rejecting(nn.Module):
+        rejects = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return answers[x.flatten(1)[:, 0].long()]
+
+    query = Query(Rejecting(), 3, torch.device("cpu"), torch.float32)
+    query.goal, query.targeted = torch.tensor([1, 0, 1]), targeted
+    images = torch.tensor([0.0, 0, 0, 0, 1, 1]).view(-1, 1, 1, 1)  # three versions of the second and the third image
+    seen = query.of(torch.tensor([1, 2]))(images)
+    if targeted:
+        expected = [[1.0, 3], [3, 2], [1, 3], [3, 2], [5, 4], [5, 4]]
+    else:
+        expected = [[3.0, 2], [1, 3], [3, 2], [1, 3], [5, 4], [5, 4]]
+    assert seen.tolist() == expected
+
+
 # -- one_pixel
 
 

@@ -75,6 +75,35 @@ def test_no_empty_batch_reaches_the_model(attack: Attack, search: torch.dtype) -
     assert attacked.success.all()
 
 
+def test_the_search_is_in_its_precision_and_the_verdicts_in_float32() -> None:
+    asked = []
+
+    class Seen(Viewed):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            asked.append(logits.dtype)
+            return logits
+
+    images, labels = of(Viewed(view=False), 2)
+    FGSM()(Seen(view=False), images, labels, ThreatModel(norm="linf", eps=1.0), search=torch.bfloat16)
+    assert asked == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_a_random_model_draws_what_the_generator_says() -> None:
+    class Random(Viewed):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + (x - x.detach()) * torch.randn_like(x))  # its slope alone is random
+
+    images, labels = of(Viewed(), 4)
+    threat = ThreatModel(norm="l2", eps=0.1)
+    one, again, other = (
+        FGSM()(Random(), images, labels, threat, generator=torch.Generator().manual_seed(seed)).images
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
 def test_a_worst_case_in_bfloat16_is_no_weaker_than_its_member() -> None:
     model = Viewed(scale=30.0)
     images, labels = of(model, 256)
