@@ -110,24 +110,29 @@ def test_looks_at_the_step_size_where_the_paper_does() -> None:
     assert torch.tensor(looks).cumsum(0).tolist() == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
+class Hills(nn.Module):
+    """Two classes; the lead of the second is hilly along the only value of an image. Keeps what it was asked."""
+
+    def __init__(self, height: float) -> None:
+        super().__init__()
+        self.height, self.visited = height, list[torch.Tensor]()
+
+    def lead(self, value: torch.Tensor) -> torch.Tensor:
+        return (25 * value).sin() + 0.7 * (90 * value).sin() + 2 * value + self.height
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.visited.append(x.detach().flatten())
+        value = x.flatten(1)[:, 0]
+        return torch.stack([torch.zeros_like(value), self.lead(value)], dim=1)
+
+
 @pytest.mark.parametrize("rho", [0.75, 0.5])
 def test_every_point_is_that_of_the_published_algorithm(rho: float) -> None:
     """Images of one value in a hilly landscape: algorithm 1 of the paper, with what its code says of the looks."""
-    visited = []
-
-    class Hills(nn.Module):
-        def lead(self, x: torch.Tensor) -> torch.Tensor:
-            return (25 * x).sin() + 0.7 * (90 * x).sin() + 2 * x - 4  # never above 0: no image is turned
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            visited.append(x.detach().flatten())
-            value = x.flatten(1)[:, 0]
-            return torch.stack([torch.zeros_like(value), self.lead(value)], dim=1)
-
-    model, clean, eps = Hills(), torch.linspace(0.3, 0.7, 40), 0.3
+    model, clean, eps = Hills(-4.0), torch.linspace(0.3, 0.7, 40), 0.3  # so low that no image is turned
     labels, threat = torch.zeros(40, dtype=torch.int64), ThreatModel(norm="linf", eps=eps)
     attacked = APGD(rho=rho)(model, clean.view(-1, 1, 1, 1), labels, threat)
-    path = torch.stack(visited[1:-1], dim=1)  # the others are verdicts
+    path = torch.stack(model.visited[1:-1], dim=1)  # the others are verdicts
 
     def slope(x: torch.Tensor) -> torch.Tensor:
         x = x.clone().requires_grad_()
@@ -151,6 +156,20 @@ def test_every_point_is_that_of_the_published_algorithm(rho: float) -> None:
             then, seen = model.lead(peak), index
     torch.testing.assert_close(path, torch.stack(points, dim=1), rtol=0, atol=1e-4)
     torch.testing.assert_close(attacked.images.flatten(), peak, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "restarts"), [(-4.0, 3), (-2.0, 1)])
+def test_the_point_of_the_largest_loss_is_kept(height: float, restarts: int) -> None:
+    """Of all starts where none is turned; of the turned ones where images are meant for another model."""
+    model, clean = Hills(height), torch.linspace(0.2, 0.8, 40)
+    labels = torch.zeros(40, dtype=torch.int64)
+    threat = ThreatModel(norm="linf", eps=0.1, exhaust=True)
+    attacked = APGD(steps=20, restarts=restarts)(model, clean.view(-1, 1, 1, 1), labels, threat)
+    right = attacked.attempted
+    assert attacked.success.any() == (height == -2.0)
+    best = torch.stack(model.visited[1:-1], dim=1)
+    best = best.gather(1, model.lead(best).argmax(dim=1, keepdim=True)).flatten()
+    torch.testing.assert_close(attacked.images.flatten()[right], best)
 
 
 def test_turned_images_leave_the_batch() -> None:

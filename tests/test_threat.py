@@ -83,6 +83,27 @@ def test_distances_by_hand() -> None:
         assert ThreatModel(norm=norm, eps=math.inf).distance(clean, images).item() == pytest.approx(distance)
 
 
+@pytest.mark.parametrize("norm", list(Norm))
+def test_an_infinite_radius_is_the_width_of_the_box(norm: Norm) -> None:
+    clean = torch.zeros(1, 3, 4, 5)
+    threat = ThreatModel(norm=norm, eps=math.inf)
+    assert threat.radius(clean) == pytest.approx(threat.distance(clean, clean + 1).item())
+
+
+def test_l0_keeps_the_pixels_that_change_most_inside_the_box() -> None:
+    clean = torch.tensor([[[[0.5, 0.5, 0.9, 0.5]]]])
+    images = clean + torch.tensor([-0.4, 0.3, 0.9, 0.0])
+    expected = torch.tensor([[[[0.1, 0.5, 0.9, 0.5]]]])
+    torch.testing.assert_close(ThreatModel(norm="l0", eps=1).project(clean, images), expected)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l1", 1000.0), ("l2", 30.0)])
+def test_rounding_of_large_radii_breaks_no_rule(norm: str, eps: float) -> None:
+    clean = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    threat = ThreatModel(norm=norm, eps=eps)
+    threat.judge(clean, threat.project(clean, 1 - clean.round()))
+
+
 def test_judge_refuses_what_breaks_the_rules() -> None:
     threat = ThreatModel(norm=Norm.LINF, eps=0.1)
     clean = torch.full((2, 1, 2, 2), 0.5)
@@ -151,6 +172,13 @@ def test_off_the_grid_an_8_bit_image_keeps_the_budget_or_stays_clean(norm: str, 
     assert stayed.flatten(1).all(dim=1).tolist() == [not possible] * 8
     if norm == "linf" and possible:  # nothing is given away but the fraction of a level
         assert float((near - saved).abs().max()) < 1 / 255
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.3), ("l1", 1.0), ("l0", 2)])
+def test_rounding_hides_no_image_that_was_over_the_budget(norm: str, eps: float) -> None:
+    clean, threat = torch.full((1, 1, 4, 4), 0.4), ThreatModel(norm=norm, eps=eps)
+    with pytest.raises(BudgetError):
+        threat.judge(clean, threat.to_8_bit(clean, clean + 0.2))
 
 
 def test_a_quantized_attack_on_images_that_were_never_8_bit(linear: Linear) -> None:
