@@ -38,6 +38,37 @@ def test_it_gets_past_both_as_soon_as_that_is_possible(norm: str, nearest: float
         assert attacked.prediction.tolist() == [1 if possible else 0] * 3  # never the column of rejection
 
 
+@pytest.mark.parametrize("at_odds", [True, False])
+def test_a_step_gives_up_what_is_at_odds_and_nothing_else(at_odds: bool) -> None:
+    """One step of three images: right and accepted, right and rejected, turned and rejected."""
+
+    def model(x: Tensor) -> Tensor:
+        gain = x.flatten(1) - 0.5
+        classes = torch.stack([torch.zeros(len(x)), gain[:, 0] + gain[:, 1] - NEEDED], dim=1)
+        seen = gain[:, 0] - ALLOWED if at_odds else 0.3 - gain[:, 0]
+        return torch.cat([classes, classes.amax(dim=1, keepdim=True) + 10 * seen[:, None]], dim=1)
+
+    model.rejects = True  # type: ignore[attr-defined]
+    images = CLEAN.clone()
+    images[:, 0, 0] += torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.2, 0.1]])
+    attack = OrthogonalPGD(steps=1, longest=0.5)
+    step = attack(model, images, LABELS, ThreatModel(norm="l2", eps=0.1)).images - images
+    half = 0.5**0.5
+    wanted = [[half, half], [0, 1], [-half, half]] if at_odds else [[half, half], [half, half], [1, 0]]
+    torch.testing.assert_close(step[:, 0, 0], 0.05 * torch.tensor(wanted), rtol=0, atol=1e-6)
+    assert float(step[:, 0, 1].abs().max()) == 0
+
+
+def test_an_image_that_was_turned_and_came_back_keeps_the_turned_version() -> None:
+    """Only around 0.6 is it turned; with images meant for another model the last step goes past, to 0.7."""
+
+    def model(x: Tensor) -> Tensor:
+        return torch.stack([torch.zeros(len(x)), 0.02 - (x.flatten(1)[:, 0] - 0.61).abs()], dim=1)
+
+    attack, threat = OrthogonalPGD(steps=2, longest=0.25, shortest=0.25), ThreatModel(norm="l2", eps=0.4, exhaust=True)
+    assert float(attack(model, CLEAN[:1, :, :1, :1], LABELS[:1], threat).images) == pytest.approx(0.6)
+
+
 @pytest.mark.parametrize(("norm", "nearest"), [("linf", NEEDED / 2), ("l2", NEEDED / 2**0.5)])
 def test_where_nothing_is_rejected_it_crosses_the_nearest_boundary(norm: str, nearest: float) -> None:
     for eps, possible in ((0.97 * nearest, False), (1.03 * nearest, True)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.attacks.hop_skip_jump import HopSkipJump
+from src.attacks.hop_skip_jump import HopSkipJump, _Walk
 from src.attacks.one_pixel import OnePixel, _three_others
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
@@ -208,6 +208,51 @@ def test_one_pixel_with_crossover(crossover: float) -> None:
     assert attack(Weak([(5, 2)], above=0.5), images, labels, l0(1)).success.all()
 
 
+@pytest.mark.parametrize("around", ["best", "random"])
+@pytest.mark.parametrize("crossover", [1.0, 0.9, 0.0])
+def test_one_pixel_children_are_those_of_differential_evolution(
+    around: Literal["best", "random"], crossover: float
+) -> None:
+    """A candidate and a share of a difference, of two others; reflected at the edges, clipped to [0, 1]."""
+    attack = OnePixel(population=50, around=around, weight=(0.5, 1.0), crossover=crossover)
+    size, draws = torch.Size([6, 9]), torch.Generator().manual_seed(0)
+    people = torch.rand(50, 3, 2, 5, generator=draws) * torch.tensor([6.0, 9, 1, 1, 1])
+    fitness = torch.rand(50, 3, generator=draws)
+    children = attack._children(people, fitness, size, torch.Generator().manual_seed(1))
+
+    draws = torch.Generator().manual_seed(1)
+    a, b, c = _three_others(50, draws)
+    weight = 0.5 + 0.5 * float(torch.rand((), generator=draws))
+    best = torch.stack([people[fitness[:, image].argmax(), image] for image in range(3)])
+    whole = (people[a] if around == "random" else best) + weight * (people[b] - people[c])
+    row, column = ((whole[..., i].abs() - edge).abs() for i, edge in enumerate(size))  # never beyond twice the edge
+    whole = torch.cat([torch.stack([6 - row, 9 - column], dim=3), whole[..., 2:].clamp(0, 1)], dim=3)
+    taken, kept = ((children - other).abs() < 1e-5 for other in (whole, people))
+    assert bool((taken | kept).all())
+    share = float((~kept).flatten(2).float().mean())
+    assert share == pytest.approx(max(crossover, 0.1), abs=0.06)
+    assert int((~kept).flatten(2).sum(dim=2).min()) >= (1 if around == "random" else 0)
+
+
+def test_one_pixel_never_gets_worse_with_more_generations() -> None:
+    model = Weak([(row, row) for row in range(8)], above=9)
+    images, labels = dark(4)
+    before = torch.full((4,), -math.inf)
+    for generations in (1, 4, 7):
+        attacked = OnePixel(population=10, generations=generations, around="random")(model, images, labels, l0(3))
+        bright = model(attacked.images)[:, 1]
+        assert bool((bright >= before).all())
+        before = bright
+
+
+def test_one_pixel_goes_on_where_its_images_are_meant_for_another_model() -> None:
+    images, labels = dark()
+    threat = ThreatModel(norm=Norm.L0, eps=8, exhaust=True)
+    attacked = OnePixel(population=20, generations=10)(Weak([(5, 2)], above=0.15), images, labels, threat)
+    assert attacked.success.all()
+    assert attacked.forward_passes.tolist() == [2 + 20 * 11] * len(images)
+
+
 @pytest.mark.parametrize("count", [4, 5, 17])
 def test_three_others_are_three_and_other(count: int) -> None:
     draws = torch.Generator().manual_seed(0)
@@ -273,6 +318,90 @@ def test_targeted_hop_skip_jump_starts_from_an_image_of_the_target(norm: Norm) -
     assert longer.success[there].all()
     assert torch.equal(longer.prediction[there], target[there])
     assert float(longer.distance[there].median()) < float(short.distance[there].median())
+
+
+def test_hop_skip_jump_estimates_the_normal_as_the_paper_does() -> None:
+    """The sum of (phi - mean phi) u, of directions with labels; the mean direction or its opposite where all agree."""
+    model, threat = Linear(side=3, seed=1), ThreatModel(norm=Norm.L2, eps=math.inf)
+    weight = (model.layer.weight[1] - model.layer.weight[0]).detach()
+    with torch.no_grad():
+        model.layer.bias.copy_(torch.tensor([0.5, -0.5]) * weight.sum() / 2)  # the boundary goes through grey
+    unit = (weight / weight.norm()).view(1, 3, 3)
+    off = torch.tensor([0.0, 0.01, 0.2, -0.2])  # from the boundary: on it, beyond, and so far that all agree
+    images = 0.5 + off.view(-1, 1, 1, 1) * unit
+    walk = _Walk(Query(model, 4, images.device, torch.float32), images, torch.zeros(4, dtype=torch.int64), threat, 64)
+    reach, count = torch.full((4,), 0.3), 50
+    normal = walk.normal(images, reach, count, torch.Generator().manual_seed(0))
+
+    directions = walk._directions(count, torch.Generator().manual_seed(0))
+    shown = images[None] + reach[0] / 9 * directions[:, None]
+    with torch.no_grad():
+        phi = model(shown.flatten(0, 1)).argmax(dim=1).view(count, 4) * 2.0 - 1
+    spread = phi - phi.mean(dim=0)
+    expected = torch.einsum("sr,schw->rchw", spread, directions)
+    expected[2:] = torch.stack([directions.sum(dim=0), -directions.sum(dim=0)])
+    expected = expected / expected.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert [len(set(column)) for column in phi.T.tolist()] == [2, 2, 1, 1]
+    assert 0.1 < abs(float(phi[:, 1].mean())) < 0.9
+    torch.testing.assert_close(normal, expected, rtol=0, atol=1e-4)
+
+
+def test_hop_skip_jump_steps_and_samples_by_the_root_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, counts, step, normal = [], [], _Walk.step, _Walk.normal
+
+    def stepped(walk: _Walk, images: Tensor, direction: Tensor, length: Tensor) -> Tensor:
+        steps.append(float((length / walk.threat.distance(walk.x, images)).mean()))
+        return step(walk, images, direction, length)
+
+    def estimated(walk: _Walk, images: Tensor, reach: Tensor, count: int, draws: torch.Generator) -> Tensor:
+        counts.append(count)
+        return normal(walk, images, reach, count, draws)
+
+    monkeypatch.setattr(_Walk, "step", stepped)
+    monkeypatch.setattr(_Walk, "normal", estimated)
+    model = Linear(side=4, seed=1)
+    images, labels = middling(model, 4, side=4)
+    attack = HopSkipJump(iterations=5, samples=10, max_samples=19)
+    attack(model, images, labels, ThreatModel(norm=Norm.L2, eps=math.inf))
+    assert counts == [10, 14, 17, 19, 19]
+    assert steps == pytest.approx([1 / math.sqrt(t) for t in range(1, 6)], rel=1e-5)
+
+
+def test_hop_skip_jump_returns_the_nearest_point_of_its_walk() -> None:
+    model = Linear(side=8, seed=1)
+    images, labels = middling(model, 8, side=8)
+    threat, before = ThreatModel(norm=Norm.LINF, eps=math.inf), torch.full((8,), math.inf)
+    for iterations in range(1, 4):  # each walk is the one before and a step; of few samples, most lead away
+        attacked = HopSkipJump(iterations=iterations, samples=3)(model, images, labels, threat)
+        assert bool((attacked.distance <= before).all())
+        before = attacked.distance
+
+
+def test_hop_skip_jump_halves_a_step_until_it_keeps_the_goal() -> None:
+    def model(x: Tensor) -> Tensor:  # the goal is class 1: over 0.5
+        return torch.stack([torch.full((len(x),), 0.5), x.flatten(1)[:, 0]], dim=1)
+
+    images = torch.tensor([0.6, 0.9, 0.52]).view(-1, 1, 1, 1)
+    query = Query(model, 3, images.device, torch.float32)
+    walk = _Walk(query, images, torch.zeros(3, dtype=torch.int64), ThreatModel(norm=Norm.L2, eps=math.inf), 64)
+    stepped = walk.step(images, -torch.ones_like(images), torch.full((3,), 0.32))
+    assert stepped.flatten().tolist() == pytest.approx([0.52, 0.58, 0.51])
+    assert query.forward_passes.tolist() == [3, 1, 6]
+
+
+@pytest.mark.parametrize(("norm", "order"), [(Norm.L2, 2), (Norm.LINF, math.inf)])
+def test_a_targeted_walk_starts_from_the_nearest_image_of_the_target(norm: Norm, order: float) -> None:
+    model = Linear(classes=3, side=4, seed=1)
+    images, labels = middling(model, 20, side=4, low=0.0)
+    target = labels.roll(1)
+    query = Query(model, 20, images.device, torch.float32)
+    threat = ThreatModel(norm=norm, eps=math.inf, targeted=True)
+    with torch.no_grad():
+        start, found = HopSkipJump()._starts(query, images, target, threat, torch.Generator())
+    away = (images[:, None] - images[None]).flatten(2).norm(p=order, dim=2)
+    away = away.masked_fill(target[:, None] != labels, math.inf)
+    assert found.all()
+    assert torch.equal(start, images[away.argmin(dim=1)])
 
 
 def test_images_without_a_start_stay_clean() -> None:

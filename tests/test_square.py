@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from src.attacks.gradients import cross_entropy, margin
+from src.attacks.query import Query
 from src.attacks.square import Square, _patch
 from src.threat import Norm, ThreatModel
 from tests.conftest import Linear
@@ -93,6 +95,64 @@ def test_more_queries_never_lose_an_image(norm: Norm) -> None:
     )
     assert bool((many.success | ~few.success).all())
     assert int(many.success.sum()) > int(few.success.sum())
+
+
+def test_restarts_never_lose_an_image() -> None:
+    model = Blind()
+    images, labels = batch(model, 24)
+    one, many = (
+        Square(queries=10, restarts=k)(model, images, labels, ThreatModel(norm="linf", eps=0.01)) for k in (1, 3)
+    )
+    assert bool((many.success | ~one.success).all())
+    assert int(many.success.sum()) > int(one.success.sum())
+    assert torch.equal(many.forward_passes[one.success], one.forward_passes[one.success])
+
+
+def test_squares_lie_anywhere_and_have_a_sign_for_each_channel() -> None:
+    x, draws = torch.full((200, 3, 5, 6), 0.5), torch.Generator().manual_seed(0)
+    change = Square()._patched(x, x, 2, ThreatModel(norm="linf", eps=0.1), draws) - x
+    changed = (change != 0).any(dim=1)
+    assert changed.flatten(1).sum(dim=1).tolist() == [4] * 200
+    assert bool(changed.any(dim=0).all())  # to the last row and column
+    signs = change.sign().sum(dim=(2, 3)) / 4
+    assert len({tuple(each) for each in signs.tolist()}) == 8
+
+
+@pytest.mark.parametrize("norm", [Norm.L2, Norm.L1])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_move_spends_the_whole_budget_on_two_windows(norm: Norm, share: float) -> None:
+    """What was spent there, and what was not spent at all; in l2 the rest stays as it is."""
+    draws = torch.Generator().manual_seed(0)
+    x, threat = torch.full((50, 3, 9, 9), 0.5), ThreatModel(norm=norm, eps=0.5)
+    delta = torch.randn(x.shape, generator=draws)
+    delta = share * 0.5 * delta / threat.distance(x, x + delta).view(-1, 1, 1, 1)
+    moved = Square()._moved(x, x + delta, 3, threat, draws)
+    torch.testing.assert_close(threat.distance(x, moved), torch.full((50,), 0.5))
+    if norm is Norm.L2:
+        changed = ((moved - x - delta).abs() > 1e-5).any(dim=1).flatten(1).sum(dim=1)
+        assert int(changed.max()) <= 2 * 9
+
+
+def test_patches_stand_or_lie() -> None:
+    x, threat = torch.zeros(1, 1, 9, 9), ThreatModel(norm="l2", eps=1)
+    upright = _patch(5, Norm.L2)
+    drawn = Square._patches((40,), 5, x, threat, torch.Generator().manual_seed(0))
+    stands, lies = ((drawn == each).flatten(1).all(dim=1) for each in (upright, upright.T))
+    assert bool((stands ^ lies).all())
+    assert 10 < int(stands.sum()) < 30
+
+
+def test_it_raises_the_loss_it_is_told_and_lowers_the_targets() -> None:
+    model = Blind()
+    images, labels = batch(model)
+    logits, query = model(images), Query(model, len(images), images.device, torch.float32)
+    plain, wanted = (ThreatModel(norm="linf", eps=0.1, targeted=targeted) for targeted in (False, True))
+    for attack, threat, loss in (
+        (Square(loss="ce"), plain, cross_entropy(logits, labels)),
+        (Square(loss="margin"), plain, margin(logits, labels)),
+        (Square(loss="margin"), wanted, -cross_entropy(logits, labels)),
+    ):
+        torch.testing.assert_close(attack._asked(query, images, labels, threat)[0], loss)
 
 
 def test_proposals_that_change_nothing_are_not_shown() -> None:
