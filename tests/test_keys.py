@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from src.subject import Names
 from src.threat import Access
 from src.tracking import NoTracker
 from src.train import CONF
+from src.trained import Workshop
 from tests.conftest import two_cores
 
 QUIET = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
@@ -71,6 +74,86 @@ def test_weights_of_ones_own_are_known_by_all_that_is_chosen_beside_them(group: 
     assert group not in {stage["kind"] for stage in one.stages.asked.values()}
     Path("w.pt").rename("moved.pt")
     assert planned(*arguments, f"{group}.checkpoint=moved.pt").keys[group] == one.keys[group]
+
+
+def test_a_cell_is_named_by_all_that_its_figures_depend_on() -> None:
+    one = planned("defense=smoothing", "attack=pgd", "threat=linf")
+    job, data = one.job, copy.copy(one.data)
+    data.fingerprint = "other images"
+
+    def key(
+        eps: float = 0.1, access: Access = Access.WHITE_BOX, *, data: Any = one.data, keys: Any = None, **changes: Any
+    ) -> str:
+        subject = dataclasses.replace(one.subject, keys=one.subject.keys | (keys or {}))
+        names = dataclasses.replace(one.names, **changes.pop("names", {}))
+        return Bench(job.model_copy(update=changes), names, data, one.stages, subject).planned(eps, access)["key"]
+
+    def threat(**changes: Any) -> Any:
+        return job.threat.model_copy(update=changes)
+
+    keys = [
+        key(), key(0.2), key(access=Access.GRAY_BOX), key(data=data), key(keys={"classifier": "x"}),
+        key(keys={"defense": "x"}), key(names={"variant": "x"}), key(seed=1), key(eval_batch_size=7), key(eot_draws=3),
+        key(search_precision="bf16-mixed"), key(checks="full"), key(attack=job.attack | {"steps": 3}),
+        key(threat=threat(norm="l2")), key(threat=threat(targeted=True)), key(threat=threat(quantize=True)),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_images_of_a_search_are_named_by_the_whole_model_that_it_met() -> None:
+    """The key of a defense that nothing is trained for does not say which classifier stands behind it."""
+    one = planned("defense=smoothing", "attack=deepfool", "threat=l2")
+
+    def images(access: Access = Access.WHITE_BOX, eps: float = 1.0, **changes: Any) -> str:
+        keys = {name: changes.pop(name) for name in ("classifier", "defense") if name in changes}
+        subject = dataclasses.replace(one.subject, keys=one.subject.keys | keys)
+        bench = Bench(one.job.model_copy(update=changes), one.names, one.data, one.stages, subject)
+        stage = bench.images.stage(bench._threat(eps), access)
+        assert stage is not None
+        return stage.name
+
+    named = [
+        images(), images(classifier="x"), images(defense="x"), images(eot_draws=3), images(Access.BLACK_BOX),
+        images(Access.GRAY_BOX), images(Access.GRAY_BOX, classifier="x"), images(Access.GRAY_BOX, seed=1),
+    ]  # fmt: skip
+    assert len(set(named)) == len(named)
+    assert images(eps=2.0) == named[0]
+    assert images(Access.GRAY_BOX, defense="x", eot_draws=3) == named[5], "which serves every defense"
+
+
+def test_a_training_is_named_by_all_that_it_depends_on() -> None:
+    one = planned("defense=autoencoder")
+    job, other = one.job, copy.copy(one.data)
+    other.train_fingerprint = "other images"
+    classifier, defense = job.classifier, job.defense
+    learnt = defense["trained_on"]
+    changes = {"eps": 0.05}, {"norm": "l2"}, {"radius": "full"}, {"attack": learnt["attack"] | {"steps": 2}}
+
+    def key(data: Any = one.data, *, of: str = "classifier", **update: Any) -> str:
+        shop = Workshop(job.model_copy(update=update), data, one.stages, NoTracker())
+        return shop.classifier("x")[1] if of == "classifier" else shop.defense("x", one.subject.classifier, of)[1]
+
+    keys = [
+        key(), key(other), key(seed=1), key(limit=job.limit.model_copy(update={"epochs": 1})),
+        key(classifier=classifier | {"label_smoothing": 0.2}), key(classifier=classifier | {"widths": [8, 8, 8]}),
+        key(classifier=classifier | {"fit": classifier["fit"] | {"lr": 1.0}}), key(of="a"), key(of="b"),
+        key(other, of="a"), key(of="a", seed=1), key(of="a", defense=defense | {"noise": 0.5}),
+        *(key(of="a", defense=defense | {"trained_on": learnt | change}) for change in changes),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert (key(), key(of="a")) == (keys[0], keys[7])
+    anew = planned("defense=adversarial_training").job.defense  # with a network of the classifier's kind
+    narrow = classifier | {"widths": [8, 8, 8]}
+    assert key(of="a", defense=anew) != key(of="a", defense=anew, classifier=narrow)
+    assert key(of="a", classifier=narrow) == keys[7]
+
+    brought = []
+    for value in (0.0, 1.0):  # in weights of one's own, in a file of the same name
+        nn.init.constant_(next(one.subject.classifier.parameters()), value)
+        torch.save(one.subject.classifier.state_dict(), "w.pt")
+        brought.append(key(classifier=classifier | {"checkpoint": "w.pt"}))
+    assert brought[0] != brought[1]
 
 
 class Scaled(nn.Module):
