@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +30,24 @@ from src.checks import probe
 from src.checks.across import CHECKS, across
 from src.checks.flags import FLAGS, raised, unreliable
 from src.checks.look import Look
+from src.data.augment import to_float
 from src.data.digits import Digits
 from src.threat import Norm, ThreatModel
 from tests.conftest import ROOT, Outcome, choices
-from tests.planted import FGSM_CELL, LINF, NOISE_CELL, PLANTED, SOUND, LessRandom, cell, seen, trained
+from tests.planted import (
+    FGSM_CELL,
+    LINF,
+    NOISE_CELL,
+    PLANTED,
+    SOUND,
+    Brightness,
+    LessRandom,
+    Probabilities,
+    cell,
+    digits,
+    seen,
+    trained,
+)  # fmt: skip
 from tests.test_pipeline import QUIET, ok
 
 Command = Callable[..., Outcome]
@@ -68,8 +83,18 @@ def test_every_flag_has_its_paragraph() -> None:
         condition = part.split("- Raised if: ")[1].split("- What it means")[0]
         assert ("Decisive" in condition) == FLAGS[name].decisive, name
         assert ("Advice" in condition) != FLAGS[name].decisive, name
+        assert _limit(condition) == FLAGS[name].limit, name
         if name != "test_in_training":  # cheap for sets in memory
             assert ("*full*" in condition) == FLAGS[name].full, name
+
+
+def _limit(condition: str) -> float:
+    share = re.match(r"more than (\d+) (%|percentage points)", condition)
+    return int(share[1]) / 100 if share else 0.5 if condition.startswith("more than half") else 0.0
+
+
+def test_a_figure_that_is_no_number_raises_its_flag() -> None:
+    assert raised({"gradient_missing": math.nan, "steps_short": 0.03}) == ["gradient_missing"]
 
 
 def test_defenses_that_are_said_to_vote_have_the_argument() -> None:
@@ -188,8 +213,13 @@ def test_across_twice_changes_nothing_and_keeps_the_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"variant": "attack.steps=5"}, {"seed": 1}, {"norm": "l2"}, {"n": 100}, {"stages": {"defense": "other"}}]
-)
+    "change",
+    [
+        {"variant": "attack.steps=5"}, {"seed": 1}, {"norm": "l2"}, {"n": 100}, {"stages": {"defense": "other"}},
+        {"stages": {"classifier": "other"}}, {"stages": {"data": "other"}}, {"targeted": True}, {"defense": "jpeg"},
+        {"classifier": "lenet"}, {"dataset": "mnist"},
+    ],
+)  # fmt: skip
 def test_only_like_is_compared(change: dict[str, Any]) -> None:
     right = 50 if "n" in change else 150
     assert [r.flags for r in across([cell(right, **change), cell(200, eps=0.2)])] == [[], []]
@@ -345,6 +375,33 @@ def test_an_attack_against_rejection_is_missed_only_where_something_rejects() ->
     both = WorstCase(members={"orthogonal": OrthogonalPGD(), "square": Square()})
     assert attack_checks.members_left_out(both) == 0
     assert attack_checks.members_left_out(both, rejects=True) == 1
+
+
+def test_images_chosen_by_are_among_those_that_no_test_image_may_be() -> None:
+    data = Digits()
+    data.prepare()
+    data.val.images[:5] = data.test.images[:5]
+    assert data_checks.test_in_training(data, full=False) == 5 / len(data.test)
+
+
+def test_to_check_a_threshold_changes_none() -> None:
+    data = digits()
+    defended = Brightness(fpr=0.1).guard(Linear())
+    defended.set_thresholds(torch.rand(50, 1, generator=torch.Generator().manual_seed(0)))
+    before = {name: value.clone() for name, value in defended.frozen.items()}
+    assert data_checks.thresholds(defended, data)["threshold_not_clean"] > 0
+    assert all(torch.equal(defended.frozen[name], value) for name, value in before.items())
+
+
+def test_probabilities_are_seen_beside_the_column_for_rejection() -> None:
+    images = to_float(digits().test.batch(range(8))["image"])
+    defended = Brightness(fpr=0.1).guard(Probabilities())
+    defended.set_thresholds(defended.scores(images))
+    look = Look(
+        target=defended, model=defended, images=images, labels=torch.zeros(8), attacked=images,
+        turned=torch.zeros(8), attack=FGSM(), threat=LINF,
+    )  # fmt: skip
+    assert model_checks.softmax_as_logits(look) == 1
 
 
 def test_validation_images_are_judged_without_being_their_own_doubles() -> None:
