@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 
 from src import job, records
 from src.attacked import AttackedImages
+from src.measure import Bench
 from src.plan import Plan, report, show
 from src.records import Record
 from src.threat import Access
@@ -193,6 +195,22 @@ def test_a_cell_without_its_verdicts_is_to_be_measured(tmp_path: Path, monkeypat
     assert not bench.planned(0.1, Access.WHITE_BOX)["present"]
     verdicts.unlink()
     assert not bench.planned(0.1, Access.WHITE_BOX)["present"]
+
+
+def test_a_cell_is_measured_once_and_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = planned("defense=jpeg")
+
+    def measured(self: Bench, key: str, *_: Any) -> tuple[Record, dict[str, Any]]:
+        with pytest.raises(Timeout):  # held
+            FileLock(tmp_path / "artifacts" / "records" / f".{key}.lock").acquire(timeout=0)
+        return took(1.0).model_copy(update={"key": key}), {"label": np.arange(9)}
+
+    monkeypatch.setattr(Bench, "_measure", measured)
+    first = bench.cell(0.1, Access.WHITE_BOX, tmp_path / "run")
+    monkeypatch.setattr(Bench, "_measure", lambda *_: pytest.fail("measured twice"))
+    assert bench.cell(0.1, Access.WHITE_BOX, tmp_path / "again") == first
+    assert len(list((tmp_path / "again").iterdir())) == 2  # with its verdicts
 
 
 def test_the_certificate_is_part_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
