@@ -130,6 +130,15 @@ def test_no_cell_hides_another() -> None:
     assert [sorted(row.cells) for row in tables.side_by_side(weights)] == [["gray_box", "white_box"]] * 2
 
 
+def test_only_cells_that_differ_in_nothing_but_access_share_a_row() -> None:
+    for change in (
+        {"dataset": "mnist"}, {"classifier": "cnn3"}, {"defense": "jpeg"}, {"attack": "fgsm"}, {"norm": "l2"},
+        {"eps": 0.2}, {"seed": 1}, {"targeted": True}, {"variant": "defense.noise=1"}, {"stages": {"classifier": "x"}},
+    ):  # fmt: skip
+        rows = tables.side_by_side([cell(), cell(**{"access": "white_box", **change})])
+        assert [row.gap for row in rows] == [None, None], change
+
+
 def test_failed_cells_are_rows_that_say_why(tmp_path: Path) -> None:
     records = [cell(), failed(access="white_box"), failed(eps=None, access="", reason="no | such\nthing")]
     for text in (printed(records), tables.write_markdown(records, tmp_path / "r.md").read_text()):

@@ -56,6 +56,7 @@ def test_a_rejected_image_has_held_unless_its_clean_version_was_rejected(tmp_pat
     cells = both(tmp_path, [2, 2, 0], [0, 0, 1], rejects=True, clean=[0, 2, 0])
     (row,) = worst_cases(cells, sidecars.find([tmp_path]))
     assert row.correct_attacked == 1
+    assert row.attack_success_rate == 1 / 2, "of the two that were right before"
 
 
 @pytest.mark.parametrize("what", ["missing", "damaged", "of another record"])
@@ -77,10 +78,13 @@ def test_only_cells_of_one_threat_and_one_model_are_compared(tmp_path: Path) -> 
         {"eps": 0.2}, {"access": "white_box"}, {"defense": "jpeg"}, {"seed": 1}, {"targeted": True}, {"norm": "l2"},
         {"variant": "defense.noise=1"}, {"variant": "defense@defense.parts.first=vae_kl"},
         {"variant": "attack@defense.trained_on.attack=fgsm"}, {"variant": "~attack@defense.trained_on.validation"},
-        {"stages": {"defense": "other"}}, {"attack": "fgsm"},
+        {"stages": {"defense": "other"}}, {"stages": {"surrogate": "other"}}, {"stages": {"data": "other"}},
+        {"attack": "fgsm"},
     ):  # fmt: skip
         other = verdicts(cell(**{"attack": "pgd", "key": "other", **change}), tmp_path, [1, 1])
         assert worst_cases([one, other], sidecars.find([tmp_path])) == [], change
+    fewer = verdicts(cell(attack="pgd", key="fewer"), tmp_path, [1])
+    assert worst_cases([one, fewer], sidecars.find([tmp_path])) == []
     more = verdicts(cell(attack="fgsm", variant="attack.steps=9", key="more"), tmp_path, [1, 0])
     (row,) = worst_cases([one, more], sidecars.find([tmp_path]))
     assert row.robust_accuracy == 0.5
@@ -171,6 +175,8 @@ def test_pivot_by_any_keys() -> None:
     assert table.loc[("vae", "8/255"), ("pgd", "white_box")] == "35.0 [26.4, 44.7]"
     one = pivot.pivot(pivot.select(many(), ["attack=pgd", "access=gray_box", "eps=8/255"]), ["defense"], [], "n")
     assert one["n"].tolist() == ["100", "100"]
+    some = pivot.pivot(frame.to_frame([*pair(), failed(access="white_box", key="x")]), ["defense"], ["access"])
+    assert some.loc["vae"].tolist() == ["60.0 [50.2, 69.1]", "35.0 [26.4, 44.7]"], "what failed has no place"
     clean = pivot.pivot(many(), ["defense"], ["attack", "access"], "clean_accuracy")
     assert set(clean.loc["vae"]) == {"97.0 [91.5, 99.0]"}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src import report
+from src import report, sidecars
+from src.report import comparison
 from src.report.comparison import against_best
 from src.uncertainty import exact, excess, over_seeds, paired
 from tests.planted import cell
@@ -31,6 +32,7 @@ def test_the_interval_of_a_paired_difference(counts: tuple[int, int, int, int], 
     found = paired(*outcomes(*counts))
     assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)
     assert found.difference == pytest.approx((counts[1] - counts[2]) / sum(counts))
+    assert (found.n, found.only_first, found.only_second) == (sum(counts), counts[1], counts[2])
     other = paired(*reversed(outcomes(*counts)))
     assert (other.low, other.high, other.p) == pytest.approx((-found.high, -found.low, found.p))
 
@@ -62,8 +64,9 @@ def test_outcomes_that_do_not_pair_are_refused(second: list[object]) -> None:
 def test_over_seeds() -> None:
     """Student's t with two degrees of freedom: 4.303 standard errors."""
     cells = [cell(right, n=100, seed=seed) for seed, right in enumerate((40, 50, 60))]
-    alone, failed = cell(10, n=100, eps=0.3), cell(0, n=100, seed=3, status="failed")
-    (found,) = over_seeds([*cells, alone, failed])
+    others = [cell(10, n=100, seed=3, **change) for change in ({"eps": 0.3}, {"access": "gray_box"}, {"norm": "l2"},
+              {"targeted": True}, {"variant": "defense.x=1"}, {"status": "failed"})]  # fmt: skip
+    (found,) = over_seeds([*cells, *others])
     assert (found.seeds, found.first.seed) == (3, 0)
     assert found.mean == pytest.approx(0.5)
     assert found.spread == pytest.approx(0.1)
@@ -98,6 +101,25 @@ def test_a_defense_is_not_compared_under_another_attack_nor_with_itself() -> Non
     assert {(each.best.key, each.other.key) for each in against_best(cells, held)} == {
         ("vae10", "none10"), ("vae100", "none100"), ("a", "b")
     }  # fmt: skip
+    for change in (
+        {"dataset": "mnist"}, {"classifier": "lenet"}, {"norm": "l2"}, {"eps": 0.2}, {"access": "gray_box"},
+        {"targeted": True}, {"seed": 1}, {"stages": {"data": "other"}}, {"status": "failed"},
+    ):  # fmt: skip
+        two = [cell(60, n=100, key="vae"), cell(**{"right": 30, "n": 100, "key": "jpeg", "defense": "jpeg", **change})]
+        assert against_best(two, dict.fromkeys(("vae", "jpeg"), held["a"])) == [], change
+
+
+def test_the_draw_that_counts_is_one_of_the_redraws() -> None:
+    text = comparison.to_markdown([cell(60, n=100, robust_accuracy_redraws=[0.5, 0.7])], {})
+    (row,) = [line for line in text.splitlines() if line.startswith("| digits")]
+    assert [field.strip() for field in row.split("|")][7:12] == ["vae", "3", "60.0", "10.0", "50.0 to 70.0"]
+
+
+def test_verdicts_of_other_images_are_not_compared(tmp_path: Path) -> None:
+    cells = [cell(2, n=4, defense=name, key=name) for name in ("vae", "jpeg")]
+    for record, count in zip(cells, (4, 3), strict=True):
+        verdicts(record, tmp_path, [0, 0, 1, 1][:count])
+    assert comparison.to_markdown(cells, sidecars.find([tmp_path])) == ""
 
 
 def test_one_seed_and_one_defense_need_no_further_section(tmp_path: Path) -> None:

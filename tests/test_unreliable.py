@@ -127,6 +127,12 @@ def test_detection_figures_go_with_the_cell() -> None:
     assert people["clean_rejected"] == 0.04
 
 
+def test_bare_figure_and_gap_go_with_the_cell() -> None:
+    sound, weak = tables.side_by_side([*pair(), *(doubt(r) if r.access == "gray_box" else r for r in pair(0.2))])
+    assert sound.bare is not None
+    assert (weak.bare, weak.gap) == (None, None)
+
+
 def test_comparisons_take_sound_cells_only(tmp_path: Path) -> None:
     seeds = [cell(right=right, seed=seed, key=str(seed)) for seed, right in enumerate((50, 60, 90))]
     text = comparison.to_markdown([*seeds[:2], doubt(seeds[2])], {})
