@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from src.attacks.square import Square
 from src.defenses.base import Detector, Harden, Purifier
 from src.defenses.chain import Chain
 from src.defenses.detect.vae_kl import VAEKL
-from src.defenses.guarded import DefendedModel
+from src.defenses.guarded import DefendedModel, Detection
 from src.defenses.none import NoDefense
 from src.defenses.purify.magnet import MagNet
 from src.errors import UserError
@@ -169,6 +170,18 @@ def test_chains_give_what_composing_by_hand_gives() -> None:
     torch.testing.assert_close(seen.guard(classifier).scores(x)[:, 0], x.mean(dim=(1, 2, 3)) / 2)
     inner = Halved().guard(classifier)
     assert NoDefense().guard(inner) is inner  # a chain that opens with `none` is not the bare classifier
+
+
+def test_what_the_parts_of_a_chain_declare_combines() -> None:
+    def behind(classifier: nn.Module, **declared: Any) -> DefendedModel:
+        return DefendedModel(classifier=classifier, purify=torch.relu, surrogate=torch.relu, **declared)
+
+    by_hand = [Detection(score=torch.relu)]
+    for first, last, worst in (("exact", "bpda", "bpda"), ("bpda", "none", "none"), ("none", "exact", "none")):
+        assert behind(behind(Linear(), gradient=last), gradient=first).gradient == worst
+    assert behind(behind(Linear(), votes=5)).votes == behind(behind(Linear()), votes=5).votes == 5
+    assert behind(behind(Linear(), detections=by_hand, fpr=0.2), fpr=0.3).fpr == 0.2
+    assert behind(behind(Linear(), detections=by_hand, fpr=0.2), detections=by_hand, fpr=0.3).fpr == 0.3
 
 
 class Inverted(Harden):

@@ -329,6 +329,10 @@ def test_retry_passes_over_a_sweep_whose_settings_a_full_disk_cut_off(
         OmegaConf.save({"hydra": {"overrides": {"task": ["logger=none"]}}}, f"multirun/day/{name}/multirun.yaml")
     Path("multirun/day/11-00-00/multirun.yaml").write_text(text)
     assert retry.with_folder(["-m", "logger=none", retry.FLAG])[-1] == "hydra.sweep.dir=multirun/day/10-00-00"
+    Path("multirun/day/12-00-00").mkdir()
+    shutil.copy("multirun/day/10-00-00/multirun.yaml", "multirun/day/12-00-00")
+    newest = retry.with_folder(["-m", "logger=none", retry.FLAG])[-1]
+    assert newest == "hydra.sweep.dir=multirun/day/12-00-00"
 
 
 def test_a_sweep_with_other_callbacks_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
