@@ -32,7 +32,7 @@ from src.checks.flags import FLAGS, raised, unreliable
 from src.checks.look import Look
 from src.data.augment import to_float
 from src.data.digits import Digits
-from src.threat import Norm, ThreatModel
+from src.threat import Access, Norm, ThreatModel
 from tests.conftest import ROOT, Outcome, choices
 from tests.planted import (
     FGSM_CELL,
@@ -48,6 +48,7 @@ from tests.planted import (
     seen,
     trained,
 )  # fmt: skip
+from tests.test_keys import planned
 from tests.test_pipeline import QUIET, ok
 
 Command = Callable[..., Outcome]
@@ -375,6 +376,25 @@ def test_an_attack_against_rejection_is_missed_only_where_something_rejects() ->
     both = WorstCase(members={"orthogonal": OrthogonalPGD(), "square": Square()})
     assert attack_checks.members_left_out(both) == 0
     assert attack_checks.members_left_out(both, rejects=True) == 1
+
+
+def test_checks_meet_the_model_that_each_access_attacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = planned("defense=smoothing", "eot_draws=3", "limit.test_images=4")
+    met: list[Look] = []
+
+    def take(look: Look, checks: Any, *, full: bool) -> dict[str, float]:
+        met.append(look)
+        return {"random_without_eot": float(look.draws)} if checks is probe.ONCE else {}
+
+    monkeypatch.setattr(probe, "take", take)
+    table = {"image": torch.zeros(4, 1, 8, 8), "success": torch.zeros(4, dtype=torch.bool)}
+    for access, draws in ((Access.WHITE_BOX, 3), (Access.GRAY_BOX, 1), (Access.WHITE_BOX, 3)):
+        found = bench.checked.of_cell(bench._threat(0.1), access, table, table)
+        assert (found["random_without_eot"], met[-1].draws) == (draws, draws)
+        assert getattr(met[-1].target, "draws", 1) == draws, "what the attack averages over"
+    assert len(met) == 5, "of each access what every eps shares once"
+    assert met[2].target is bench.subject.classifier
 
 
 def test_images_chosen_by_are_among_those_that_no_test_image_may_be() -> None:
