@@ -45,7 +45,8 @@ class FAB(Attack):
     Where ours departs from the reference: the projections for linf and l2 are found by Newton's method on their dual
     instead of by sorting (both are exact); nothing is skipped between starts or target classes unless
     ``stop_at_eps``, so the nearest of all is returned; ``threat.targeted`` aims at the boundary between the target and
-    whichever other class leads.
+    whichever other class leads; the paper's optional final search, three interpolations between what was found and the
+    clean image, is left out, as in AutoAttack.
 
     Example::
 
