@@ -214,8 +214,10 @@ class ThreatModel:
         return distance
 
 
-def project_l1_box(clean: Tensor, delta: Tensor, eps: float) -> Tensor:
+def project_l1_box(clean: Tensor, delta: Tensor, eps: float | Tensor) -> Tensor:
     """The change nearest to ``delta`` with l1 norm at most ``eps`` that keeps ``clean`` in [0, 1]. Exact.
+
+    ``eps`` is one radius for all images or one for each, ``(B,)``.
 
     The solution is ``sign(delta) * clip(|delta| - t, 0, room)`` with the least ``t >= 0`` that meets the budget,
     where ``room`` is how far each value may move. Its l1 norm is piecewise linear in ``t``: a sort of the break
@@ -223,17 +225,16 @@ def project_l1_box(clean: Tensor, delta: Tensor, eps: float) -> Tensor:
     """
     size = delta.abs().flatten(1)
     room = torch.where(delta > 0, 1 - clean, clean).flatten(1).clamp_min(0)
-    if not math.isfinite(eps):
-        return delta.sign() * torch.minimum(size, room).view_as(delta)
     # Lowering t from above: a value starts to move when t falls below |delta|, and stops when its room is used up.
     breaks, order = torch.cat([size, size - room], dim=1).sort(dim=1, descending=True)
     moving = torch.cat([torch.ones_like(size), -torch.ones_like(size)], dim=1).gather(1, order).cumsum(dim=1)
     gaps = breaks[:, :-1] - breaks[:, 1:]
     norm_at = torch.nn.functional.pad((moving[:, :-1] * gaps).cumsum(dim=1), (1, 0))  # l1 norm when t is at a break
-    after = torch.searchsorted(norm_at.contiguous(), norm_at.new_full((len(norm_at), 1), eps), right=True)
+    budget = torch.as_tensor(eps, dtype=size.dtype, device=size.device).expand(len(size))[:, None]
+    after = torch.searchsorted(norm_at.contiguous(), budget.contiguous(), right=True)
     at = (after - 1).clamp_min(0)
     speed = moving.gather(1, at).clamp_min(1)
-    threshold = breaks.gather(1, at) - (eps - norm_at.gather(1, at)) / speed
+    threshold = breaks.gather(1, at) - (budget - norm_at.gather(1, at)) / speed
     kept = torch.minimum((size - threshold.clamp_min(0)).clamp_min(0), room)
     return delta.sign() * kept.view_as(delta)
 

@@ -135,6 +135,18 @@ def test_l1_projection_is_the_nearest_point(eps: float) -> None:
     torch.testing.assert_close(ours, delta.sign() * shrunk(high), atol=1e-5, rtol=0)
 
 
+def test_each_image_may_have_an_l1_radius_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(4)
+    clean = torch.rand(5, 3, 4, 4, generator=generator)
+    delta = torch.randn(clean.shape, generator=generator)
+    radii = torch.tensor([0.0, 0.5, 3.0, 1e6, math.inf])
+    alone = [project_l1_box(clean[i : i + 1], delta[i : i + 1], float(eps)) for i, eps in enumerate(radii)]
+    assert torch.equal(project_l1_box(clean, delta, radii), torch.cat(alone))
+    assert torch.equal((clean[-1:] + alone[-1]).clamp(0, 1), (clean + delta)[-1:].clamp(0, 1)), (
+        "the box alone bounds it"
+    )
+
+
 @pytest.mark.parametrize("norm", list(Norm))
 @pytest.mark.parametrize("eps", [0.0, 1.0, 5.0, math.inf])
 def test_every_norm_projects_into_budget_and_box(norm: Norm, eps: float) -> None:

@@ -13,9 +13,7 @@ from src.attacks.base import Attack, fooled
 from src.attacks.gradients import gradient, margin, steepest
 from src.attacks.minimal import TINY, Nearest, dual_size
 from src.attacks.query import Query
-from src.threat import Norm, ThreatModel
-
-BISECTIONS = 25  # of the threshold of a projection onto the l1 ball: exact to float32
+from src.threat import Norm, ThreatModel, project_l1_box
 
 
 class FMN(Attack):
@@ -108,11 +106,4 @@ def _into_ball(x: Tensor, delta: Tensor, radius: Tensor, norm: Norm) -> Tensor:
         change = delta.abs().sum(dim=1).flatten(1)
         least = change.sort(dim=1, descending=True).values.gather(1, radius.long()[:, None] - 1)
         return delta * (change >= least).view(len(delta), 1, *delta.shape[2:])
-    # l1: what is left of |delta| above a threshold, cut to the room each value has; the threshold by bisection.
-    size, room = delta.abs().flatten(1), torch.where(delta > 0, 1 - x, x).flatten(1)
-    low, high = torch.zeros_like(radius), size.amax(dim=1)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        over = torch.minimum((size - middle[:, None]).clamp_min(0), room).sum(dim=1) > radius
-        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    return delta.sign() * torch.minimum((size - high[:, None]).clamp_min(0), room).view_as(delta)
+    return project_l1_box(x, delta, radius)
