@@ -186,6 +186,19 @@ def test_contrastive_loss_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize(("decay", "kept"), [(0.15, 0.15), (0.999, 2 / 11)])
+def test_the_running_average_of_the_generator_is_lower_in_the_first_steps(decay: float, kept: float) -> None:
+    """By hand: the first weights are copied, then (1 + n) / (10 + n) is kept, the decay at most."""
+    defense = DefenseGAN(**SMALL, averaging=decay)
+    for value in (1.0, 2.0):
+        for weight in defense.generator.parameters():
+            weight.data.fill_(value)
+        defense.average.update_parameters(defense.generator)
+    for weight in defense.average.parameters():
+        torch.testing.assert_close(weight, torch.full_like(weight, kept * 1 + (1 - kept) * 2))
+        assert not weight.requires_grad
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_moves_every_network_and_logs_its_figures(precision: str) -> None:
     """Two epochs of four batches, n_critic 4: eight steps of the critic, two of the generator."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
+from src.defenses.averaging import moving_average
 from src.defenses.base import Fresh, Harden, Share
 from src.defenses.guarded import DefendedModel
 from src.errors import UserError
@@ -74,11 +74,7 @@ class AdversarialTraining(Harden):
         super().__init__(fresh=fresh)
         if warm_start:
             self.network.load_state_dict(getattr(classifier, "network", classifier).state_dict())
-        self.average: AveragedModel | None = None
-        if ema:
-            # A partial of a function of this module: other processes can be sent it.
-            self.average = AveragedModel(self.network, multi_avg_fn=partial(_follow, decay=ema), use_buffers=True)
-            self.average.requires_grad_(False)
+        self.average: AveragedModel | None = moving_average(self.network, ema) if ema else None
         self.objective = objective
         self.beta = beta
         self.replays = replays
@@ -198,10 +194,3 @@ def moved(change: Tensor, slope: Tensor, threat: ThreatModel) -> Tensor:
 
 def _length(images: Tensor) -> Tensor:
     return torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
-
-
-def _follow(average: Any, current: Any, count: Tensor, *, decay: float) -> None:
-    """One step of the moving average; at the beginning, where there is little to average, nearer to the present."""
-    steps = float(count)
-    step = get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))  # type: ignore[no-untyped-call]
-    step(average, current, count)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
+from src.defenses.averaging import moving_average
 from src.defenses.base import Defense
 from src.defenses.purify.networks import Crop, halve
 from src.errors import UserError
@@ -140,11 +139,6 @@ def descend(
     return codes
 
 
-def _averaged(mean: Tensor, new: Tensor, count: Tensor | int, *, decay: float) -> Tensor:
-    """A running average that forgets the first weights quickly while it is young."""
-    return mean + (new - mean) * max(1 - decay, 9 / (10 + int(count)))
-
-
 class WassersteinGAN(Defense, ABC):
     """A defense with a generator, trained against a critic with gradient penalty.
 
@@ -180,12 +174,7 @@ class WassersteinGAN(Defense, ABC):
         self.latent, self.n_critic, self.penalty, self.betas = latent, n_critic, penalty, betas
         self.generator = Generator(channels=channels, size=size, latent=latent, width=width, classes=classes)
         self.critic = Critic(channels=channels, size=size, width=width, classes=classes)
-        self.average = AveragedModel(
-            self.generator,
-            avg_fn=partial(_averaged, decay=averaging),
-            use_buffers=True,
-        )
-        self.average.requires_grad_(False)
+        self.average = moving_average(self.generator, averaging)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         real = batch.get("clean", batch["image"])
