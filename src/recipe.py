@@ -28,12 +28,15 @@ class Recipe(BaseModel):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     channels_last: bool
 
-    def optimizers(self, module: nn.Module, *, steps: int | None = None) -> dict[str, Any]:
+    def optimizers(
+        self, module: nn.Module, *, steps: int | None = None, betas: tuple[float, float] = (0.9, 0.999)
+    ) -> dict[str, Any]:
         """What ``configure_optimizers`` returns: the optimiser and a schedule stepped once a batch.
 
         Args:
             module: a LightningModule, or a part of one.
             steps: how often the schedule is stepped; None: once for each batch of ``module.trainer``.
+            betas: decay rates of the moments of adam and adamw; these are torch's.
         """
         import torch
         from torch.optim import lr_scheduler
@@ -48,7 +51,7 @@ class Recipe(BaseModel):
             optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
         else:
             kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
-            optimizer = kind(groups, lr=self.lr)
+            optimizer = kind(groups, lr=self.lr, betas=betas)
         if self.schedule == "none":
             return {"optimizer": optimizer}
         if steps is None:

@@ -147,6 +147,13 @@ def test_declarations_follow_the_condition_and_the_votes() -> None:
     assert not torch.equal(voting.purify(images), voting.purify(images))
 
 
+def test_its_moments_decay_as_asked() -> None:
+    defense = make(betas=(0.3, 0.8))
+    defense.recipe = RECIPE
+    groups = defense.configure_optimizers()["optimizer"].param_groups
+    assert {group["betas"] for group in groups} == {(0.3, 0.8)}
+
+
 @pytest.mark.parametrize("network", ["linear", "conv"])
 @pytest.mark.parametrize("condition", ["image", "sketch"])
 def test_any_size_works(network: str, condition: str) -> None:

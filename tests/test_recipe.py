@@ -66,3 +66,13 @@ def test_a_network_of_the_classifiers_kind_is_trained_in_its_precision(defense: 
             assert (fit.augment, fit.channels_last) == (like_it, like_it)
             assert fit.precision == ("bf16-mixed" if like_it else "32-true")
             assert fit.optimizer == "adam"
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_decay_rates_of_moments_are_torchs_unless_given(name: str) -> None:
+    asked = recipe(0.2).model_copy(update={"optimizer": name})
+    for given, wanted in (({}, (0.9, 0.999)), ({"betas": (0.5, 0.9)}, (0.5, 0.9))):
+        groups = asked.optimizers(nn.Linear(2, 2), steps=4, **given)["optimizer"].param_groups
+        assert {group["betas"] for group in groups} == {wanted}
+    sgd = recipe(0.2).optimizers(nn.Linear(2, 2), steps=4, betas=(0.5, 0.9))["optimizer"]
+    assert all("betas" not in group for group in sgd.param_groups), "it has no moments to decay"

@@ -154,11 +154,8 @@ class CounterGAN(Purifier):
         return (F.binary_cross_entropy_with_logits if self.loss == "bce" else F.mse_loss)(scores, wanted)
 
     def configure_optimizers(self) -> Any:
-        made = super().configure_optimizers()
-        for group in made["optimizer"].param_groups:
-            if "betas" in group:
-                group["betas"] = self.betas
-        return made
+        assert self.recipe is not None, "a defense is trained through src.fit, which gives it a recipe"
+        return self.recipe.optimizers(self, betas=self.betas)
 
 
 def frozen(network: nn.Module, images: Tensor) -> Tensor:

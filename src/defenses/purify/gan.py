@@ -216,11 +216,7 @@ class WassersteinGAN(Defense, ABC):
 
     def _optimizer(self, part: nn.Module, steps: int) -> dict[str, Any]:
         assert self.recipe is not None, "a defense is trained through src.fit, which gives it a recipe"
-        made = self.recipe.optimizers(part, steps=steps)
-        for group in made["optimizer"].param_groups:
-            if "betas" in group:
-                group["betas"] = self.betas
-        return made
+        return self.recipe.optimizers(part, steps=steps, betas=self.betas)
 
 
 class ClassifierFeatures:
