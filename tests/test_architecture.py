@@ -20,6 +20,7 @@ from tests.conftest import ROOT, choices
 MAY_IMPORT = {
     "threat": {"errors"},
     "errors": set(),
+    "build": {"errors"},
     "keys": set(),
     "recipe": set(),
     "records": {"errors"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "analysis": {"records", "sidecars", "tables", "checks", "errors", "analysis"},
     "data": {"threat", "errors", "records", "data"},
     "classifiers": {"threat", "errors", "keys", "recipe", "classifiers"},
-    "attacks": {"threat", "errors", "attacks"},
+    "attacks": {"threat", "errors", "build", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
     "callbacks": {"attacks", "checks", "threat", "errors", "keys", "records", "tables", "report", "tracking", "config"}
     | {"leaving", "plan", "retry", "sidecars", "sweep", "terminal", "callbacks"},

@@ -88,7 +88,10 @@ def test_worst_case_is_mounted_by_config() -> None:
         ({"a": 3}, "members.a=3: expected an attack"),
         ({"a": {"_target_": "src.attacks.pgd.Nothing"}}, "members.a._target_=src.attacks.pgd.Nothing: cannot be"),
         ({"a": {"_target_": "src.threat.Norm"}}, "not an attack"),
-        ({"a": {"_target_": "src.attacks.pgd.PGD", "stepz": 3}}, "members.a.stepz: unknown key"),
+        (
+            {"a": {"_target_": "src.attacks.pgd.PGD", "restart": 3}},
+            "members.a.restart: unknown key; did you mean restarts",
+        ),
         ({"a": {"_target_": "src.attacks.pgd.PGD", "steps": 0}}, "members.a.steps=0"),
     ],
 )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, ValidationError, validate_call
 from torch import Tensor
 
 from src.attacks.base import Attack, lead
 from src.attacks.query import Query
+from src.build import build, locate
 from src.errors import UserError
 from src.threat import ThreatModel
 
@@ -85,24 +84,8 @@ def _attack(node: Any, key: str) -> Attack:
         return node
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise UserError(f"{key}={node}: expected an attack, or one of the choices in conf/attack")
-    module, _, name = str(node["_target_"]).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key}._target_={node['_target_']}: cannot be imported ({error})") from None
+    found = locate(node, key)
     if not inspect.isclass(found) or not issubclass(found, Attack):
         raise UserError(f"{key}._target_={node['_target_']}: not an attack. Expected a subclass of {Attack.__name__}")
-    arguments = {argument: value for argument, value in node.items() if argument != "_target_"}
-    allowed = list(inspect.signature(found).parameters)
-    for argument in arguments:
-        if argument not in allowed:
-            raise UserError(f"{key}.{argument}: unknown key; Allowed: {', '.join(sorted(allowed)) or 'none'}")
-    made, constructor = found.__new__(found), cast(Callable[..., None], found.__init__)
-    try:
-        # The annotations of the constructor are its schema, here as in the config.
-        validate_call(config=ConfigDict(arbitrary_types_allowed=True))(constructor)(made, **arguments)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join([key, *(str(part) for part in first["loc"])])
-        raise UserError(f"{where}={first['input']}: {first['msg']}") from None
+    made: Attack = build(node, key)
     return made
