@@ -46,6 +46,7 @@ class AttackedImages:
 
     def parts(self, threat: ThreatModel) -> dict[str, Any]:
         """What attacked images depend on beside the model they are made on."""
+        parts = self.attack.parts(threat.norm)
         return {
             "node": self.job.attack,
             "threat": asdict(threat),
@@ -53,15 +54,9 @@ class AttackedImages:
             "batch": self.job.eval_batch_size,
             "search": str(self.search),
             "source": source_digest(
-                type(self.attack), *self._members, ThreatModel, AttackCallback, within="src.attacks"
+                type(self.attack), *map(type, parts.values()), ThreatModel, AttackCallback, within="src.attacks"
             ),
         }
-
-    @property
-    def _members(self) -> list[type]:
-        """Attacks that this one is made of: their source is part of its key."""
-        members = getattr(self.attack, "members", None)
-        return [type(member) for member in members.values()] if isinstance(members, dict) else []
 
     def made(self, threat: ThreatModel, access: Access) -> Table:
         """Attacked images of every test image with the attack's verdicts, made by what ``access`` allows."""

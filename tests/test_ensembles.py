@@ -119,10 +119,17 @@ def test_a_member_without_the_norm_says_so() -> None:
         WorstCase(members={"a": AutoAttack()})(model, images, labels, ThreatModel(norm="l2", eps=1, targeted=True))
 
 
+def test_every_attack_says_what_it_is_made_of() -> None:
+    inner = WorstCase(members={"fgsm": FGSM()})
+    assert WorstCase(members={"a": inner}).parts(Norm.L2) == {"a": inner}
+    assert {type(part) for part in AutoAttack(version="rand").parts(Norm.L2).values()} == {APGD}
+    assert PGD().parts(Norm.LINF) == {}
+
+
 def test_autoattack_has_the_published_members() -> None:
     pytest.importorskip("src.attacks.fab")
     standard, l1, plus, rand = (
-        AutoAttack(version=version).members(norm)
+        AutoAttack(version=version).parts(norm)
         for version, norm in (("standard", "linf"), ("standard", Norm.L1), ("plus", "l2"), ("rand", "l2"))
     )
     assert list(standard) == list(l1) == ["apgd-ce", "apgd-t", "fab-t", "square"]
@@ -157,7 +164,7 @@ def test_autoattack_is_not_weaker_than_any_member(version: str, norm: Norm) -> N
     attack = AutoAttack(version=version, steps=8, queries=40, eot_iter=2)
     whole = attack(model, images, labels, threat)
     assert 0 < int(whole.success.sum()) < len(images)
-    for name, member in attack.members(norm).items():
+    for name, member in attack.parts(norm).items():
         alone = member(model, images, labels, threat)
         # In `rand` a member alone draws other starts than as a later member: one image may go either way.
         assert int(whole.success.sum()) >= int(alone.success.sum()) - (version == "rand"), name

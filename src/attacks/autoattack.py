@@ -64,7 +64,7 @@ class AutoAttack(Ensemble):
         self.queries = queries
         self.eot_iter = eot_iter
 
-    def members(self, norm: Norm) -> dict[str, Attack]:
+    def parts(self, norm: Norm) -> dict[str, Attack]:
         """The attacks of this version in their order."""
         steps, l1 = self.steps, norm is Norm.L1
         if self.version == "rand":
@@ -93,5 +93,5 @@ class AutoAttack(Ensemble):
         }
 
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
-        members = self.members(threat.norm).values()
-        return self.in_turn(members, model, x, y, threat, generator, all_images=False)
+        parts = self.parts(threat.norm).values()
+        return self.in_turn(parts, model, x, y, threat, generator, all_images=False)

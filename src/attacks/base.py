@@ -230,6 +230,10 @@ class Attack(ABC):
         """The largest change that a search for the smallest one looks for when eps is inf."""
         return math.inf
 
+    def parts(self, norm: Norm) -> dict[str, Attack]:
+        """The attacks that it runs in this norm, by name; most are made of none."""
+        return {}
+
     @abstractmethod
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         """Adversarial images for ``x``, same shape, in [0, 1] and within ``threat``.

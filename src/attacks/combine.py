@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,15 @@ SURE = 3.0  # lead of the goal's logit at which its odds are 20 to 1
 
 
 class Ensemble(Attack):
-    """Runs other attacks on the same images."""
+    """Runs other attacks on the same images.
+
+    Attributes:
+        given: its parts are its ``members``, which a caller chose and may replace; false: it makes them itself, and its
+            own arguments say all that can be changed.
+    """
+
+    given: ClassVar[bool] = False
+    members: dict[str, Attack]
 
     def in_turn(
         self,

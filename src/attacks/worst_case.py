@@ -43,6 +43,7 @@ class WorstCase(Ensemble):
     """
 
     norms = frozenset(Norm)  # of the class; an instance has those of its members
+    given = True
 
     def __init__(
         self,
@@ -58,6 +59,9 @@ class WorstCase(Ensemble):
             can_target=all(member.can_target for member in all_members),
             needs=max((member.needs for member in all_members), key=("gradient", "scores", "labels").index),
         )
+
+    def parts(self, norm: Norm) -> dict[str, Attack]:
+        return self.members
 
     def check(self, norm: Norm, *, targeted: bool = False) -> None:
         if lacking := [f"members.{name}" for name, member in self.members.items() if norm not in member.norms]:

@@ -6,12 +6,14 @@ Each takes a :class:`~src.checks.look.Look` and returns a figure, or None where 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from src.attacks.base import Attack
+from src.attacks.combine import Ensemble
 from src.attacks.fgsm import FGSM
 from src.attacks.gradients import cross_entropy
 from src.attacks.noise import Noise
@@ -66,26 +68,24 @@ def _doubled(look: Look, *names: str) -> float | None:
     return excess(look.run(stronger, look.threat), look.turned)
 
 
-def _with(attack: Attack, change: object, *names: str) -> Attack | None:
-    """The attack, or its members, with other values of these; None where none of them has any."""
-    assert callable(change)
+def _with(attack: Attack, change: Callable[[int], int], *names: str) -> Attack | None:
+    """The attack, or the members it was given, with other values of these; None where none of them has any."""
     other, changed = copy.copy(attack), False
     for name in names:
         value = getattr(attack, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
             setattr(other, name, change(value))
             changed = True
-    members = getattr(attack, "members", None)
-    if isinstance(members, dict):
-        made = {name: _with(each, change, *names) for name, each in members.items()}
+    if isinstance(other, Ensemble) and other.given:
+        made = {name: _with(each, change, *names) for name, each in other.members.items()}
         changed |= any(each is not None for each in made.values())
-        other.members = {name: each or members[name] for name, each in made.items()}  # type: ignore[attr-defined]
+        other.members = {name: each or other.members[name] for name, each in made.items()}
     return other if changed else None
 
 
 def loss_rising(look: Look) -> float | None:
     """Of all that the loss rose on images that still hold, the share that came in the last tenth of the steps."""
-    single = getattr(look.attack, "steps", 1) == 1 or look.attack.minimal or hasattr(look.attack, "members")
+    single = getattr(look.attack, "steps", 1) == 1 or look.attack.minimal or look.attack.parts(look.threat.norm)
     if single or not look.by_gradient or look.threat.targeted or not look.threat.eps:
         return None
     path, held = loss_path(look)
@@ -118,10 +118,10 @@ def members_left_out(attack: Attack, *, rejects: bool = False) -> float | None:
 
     Those against rejection count where the model ``rejects``; elsewhere nobody misses them.
     """
-    members = getattr(attack, "members", None)
-    if not isinstance(members, dict):
+    if not isinstance(attack, Ensemble) or not attack.given:
         return None
-    return float(sum(each.needs == "gradient" and (rejects or not each.against_rejection) for each in members.values()))
+    members = attack.members.values()
+    return float(sum(each.needs == "gradient" and (rejects or not each.against_rejection) for each in members))
 
 
 class Watched(nn.Module):

@@ -123,9 +123,8 @@ def differ(one: Tensor, other: Tensor) -> Tensor:
 
 
 def members_of(attack: Attack, threat: ThreatModel) -> list[Attack]:
-    members = getattr(attack, "members", None)
-    members = members(threat.norm) if callable(members) else members
-    return [one for each in members.values() for one in members_of(each, threat)] if members else [attack]
+    parts = attack.parts(threat.norm)
+    return [one for each in parts.values() for one in members_of(each, threat)] if parts else [attack]
 
 
 def _climbed(attack: Attack, rejects: bool) -> Loss:
