@@ -24,6 +24,11 @@ class Norm(StrEnum):
     L2 = "l2"
     LINF = "linf"
 
+    @property
+    def order(self) -> float:
+        """The p of lp: 0, 1, 2 or inf."""
+        return {Norm.L0: 0, Norm.L1: 1, Norm.L2: 2, Norm.LINF: math.inf}[self]
+
     @classmethod
     def parse(cls, value: object) -> Norm:
         """Accept ``linf``, ``l-inf``, ``Linf``, ``inf`` and the like; anything else is a :class:`UserError`."""
@@ -114,8 +119,7 @@ class ThreatModel:
         delta = images - clean
         if self.norm is Norm.L0:
             return (delta != 0).any(dim=1).flatten(1).sum(dim=1).to(delta.dtype)
-        order = {Norm.L1: 1.0, Norm.L2: 2.0, Norm.LINF: math.inf}[self.norm]
-        return torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1)
+        return torch.linalg.vector_norm(delta.flatten(1), ord=self.norm.order, dim=1)
 
     def radius(self, clean: Tensor) -> float:
         """``eps``, but never more than the unit box is wide in this norm, so that ``inf`` has a finite step."""
@@ -175,7 +179,7 @@ class ThreatModel:
         over = self.distance(clean, saved) > self.eps + self.slack
         if self.norm is Norm.L0 or not bool(over.any()):
             return torch.where(over.view(-1, 1, 1, 1), toward, saved)
-        power = 1 if self.norm is Norm.L1 else 2
+        power = self.norm.order
         before, after = ((each - clean).abs().flatten(1) ** power for each in (saved, toward))
         moved = (saved - images).abs().flatten(1).masked_fill(before <= after, -1.0)
         order = moved.argsort(dim=1, descending=True)

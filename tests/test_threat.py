@@ -104,6 +104,11 @@ def test_rounding_of_large_radii_breaks_no_rule(norm: str, eps: float) -> None:
     threat.judge(clean, threat.project(clean, 1 - clean.round()))
 
 
+@pytest.mark.parametrize("norm", list(Norm))
+def test_the_order_of_a_norm_is_what_its_name_says(norm: Norm) -> None:
+    assert norm.order == float(norm.removeprefix("l"))
+
+
 def test_judge_refuses_what_breaks_the_rules() -> None:
     threat = ThreatModel(norm=Norm.LINF, eps=0.1)
     clean = torch.full((2, 1, 2, 2), 0.5)

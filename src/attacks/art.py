@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from typing import Annotated, Any
 
 import torch
@@ -48,7 +47,6 @@ SOME_NORMS = {
     "ProjectedGradientDescentPyTorch": (Norm.L1, Norm.L2, Norm.LINF),
     "SquareAttack": (Norm.L2, Norm.LINF),
 }
-ORDER: dict[Norm, Any] = {Norm.L0: 0, Norm.L1: 1, Norm.L2: 2, Norm.LINF: math.inf}
 TRIES_ALL_TARGETS = {"AutoAttack"}  # `targeted` means more attacks to it, and no one class
 NAMES_Y_ITS_TARGET = {"SaliencyMapMethod"}  # always targeted: untargeted it picks a class itself when given no labels
 
@@ -94,7 +92,7 @@ class ART(Peer):
         kind = self.kind(threat.norm, targeted=threat.targeted)
         known = parameters(kind)
         radius = threat.radius(x)
-        taken: dict[str, Any] = {"norm": ORDER[threat.norm], "eps": radius, "targeted": threat.targeted}
+        taken: dict[str, Any] = {"norm": threat.norm.order, "eps": radius, "targeted": threat.targeted}
         if self.name in {"PixelAttack", "ThresholdAttack"}:  # ThresholdAttack counts in 8-bit steps
             taken["th"] = int(radius) if threat.norm is Norm.L0 else max(1, int(radius * 255))
         if "verbose" not in self.arguments:

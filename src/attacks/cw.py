@@ -9,9 +9,9 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from src.attacks.base import Attack, lead
+from src.attacks.base import TINY, Attack, lead
 from src.attacks.gradients import gradient, margin
-from src.attacks.minimal import TINY, Nearest, dual_size, shorten
+from src.attacks.minimal import Nearest, dual_size, shorten
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from src.attacks.base import Attack, fooled
+from src.attacks.base import TINY, Attack, fooled
 from src.attacks.gradients import steepest
-from src.attacks.minimal import TINY, dual_size, nearest_boundary
+from src.attacks.minimal import dual_size, nearest_boundary
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from src.attacks.base import Attack, fooled
-from src.attacks.minimal import TINY, Boundary, Nearest, nearest_boundary
+from src.attacks.base import TINY, Attack, fooled
+from src.attacks.minimal import Boundary, Nearest, nearest_boundary
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
@@ -134,8 +134,7 @@ class FAB(Attack):
         """A point between the projections of ``current`` and of ``clean``, both gone beyond by ``eta``."""
         behind = gap + ((clean - current) * slope).flatten(1).sum(dim=1)  # the gap that the plane has at `clean`
         moves = to_plane(torch.cat([current, clean]), slope.repeat(2, 1, 1, 1), -torch.cat([gap, behind]), norm)
-        order = {Norm.LINF: math.inf, Norm.L2: 2.0, Norm.L1: 1.0}[norm]
-        size = torch.linalg.vector_norm(moves.flatten(1), ord=order, dim=1).clamp_min(1e-8)
+        size = torch.linalg.vector_norm(moves.flatten(1), ord=norm.order, dim=1).clamp_min(1e-8)
         here, there = size.chunk(2)
         alpha = (here / (here + there)).clamp_max(self.alpha_max).view(-1, 1, 1, 1)
         move, move_clean = moves.chunk(2)
@@ -149,8 +148,7 @@ class FAB(Attack):
             noise = torch.rand(x.shape, generator=generator) * 2 - 1
         else:
             noise = torch.randn(x.shape, generator=generator)
-        order = {Norm.LINF: math.inf, Norm.L2: 2.0, Norm.L1: 1.0}[threat.norm]
-        size = torch.linalg.vector_norm(noise.flatten(1), ord=order, dim=1).view(-1, 1, 1, 1)
+        size = torch.linalg.vector_norm(noise.flatten(1), ord=threat.norm.order, dim=1).view(-1, 1, 1, 1)
         return (x + radius / 2 * (noise / size).to(x.device)).clamp(0, 1)
 
 

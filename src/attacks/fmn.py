@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from src.attacks.base import Attack, fooled
+from src.attacks.base import TINY, Attack, fooled
 from src.attacks.gradients import gradient, margin, steepest
-from src.attacks.minimal import TINY, Nearest, dual_size
+from src.attacks.minimal import Nearest, dual_size
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel, project_l1_box
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from typing import Annotated, Any
 
 from torch import Tensor
@@ -16,7 +15,7 @@ Name = Annotated[str, name_in(LIBRARY, INSTALL)]
 
 # How foolbox writes a norm at the head of an attack's name.
 HEADS = {Norm.L0: ("L0",), Norm.L1: ("L1",), Norm.L2: ("L2",), Norm.LINF: ("Linf", "LInf", "Linfinity")}
-NORM_OF = {0: Norm.L0, 1: Norm.L1, 2: Norm.L2, math.inf: Norm.LINF}
+NORM_OF = {norm.order: norm for norm in Norm}
 
 
 class Foolbox(Peer):

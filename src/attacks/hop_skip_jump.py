@@ -138,10 +138,9 @@ class HopSkipJump(Attack):
             return
         everyone = torch.arange(len(x), device=x.device)
         answer = torch.cat([model.of(rows)(x[rows]).argmax(dim=1) for rows in torch.split(everyone, self.batch_size)])
-        order = 2.0 if threat.norm is Norm.L2 else math.inf
         for rows in torch.split((~found).nonzero().flatten(), self.batch_size):
             usable = (answer[None] == y[rows, None]) == threat.targeted
-            away = torch.cdist(x[rows].flatten(1), x.flatten(1), p=order).masked_fill(~usable, torch.inf)
+            away = torch.cdist(x[rows].flatten(1), x.flatten(1), p=threat.norm.order).masked_fill(~usable, torch.inf)
             nearest = away.argmin(dim=1)
             hit = usable.any(dim=1)
             start[rows[hit]], found[rows[hit]] = x[nearest[hit]], True

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from src.attacks.base import TINY
 from src.attacks.gradients import derivative
 from src.attacks.query import Query
 from src.threat import Norm
-
-TINY = 1e-12
 
 
 class Nearest:

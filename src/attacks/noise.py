@@ -67,6 +67,6 @@ class Noise(Attack):
             new = (noise + 1) / 2 if self.kind == "uniform" else x + noise
             return torch.where(chosen, new.clamp(0.0, 1.0), x)
         if threat.norm is not Norm.LINF:
-            size = torch.linalg.vector_norm(noise.flatten(1), ord=2 if threat.norm is Norm.L2 else 1, dim=1)
+            size = torch.linalg.vector_norm(noise.flatten(1), ord=threat.norm.order, dim=1)
             noise = noise / size.clamp_min(1e-12).view(-1, 1, 1, 1)
         return threat.project(x, (x + threat.radius(x) * noise).clamp(0.0, 1.0))

@@ -146,7 +146,6 @@ class PGD(Attack):
         if threat.norm is Norm.LINF:
             return (torch.rand(x.shape, generator=generator) * 2 - 1).to(x.device) * radius
         noise = torch.randn(x.shape, generator=generator).flatten(1)
-        order = 2 if threat.norm is Norm.L2 else 1
-        direction = noise / torch.linalg.vector_norm(noise, ord=order, dim=1, keepdim=True)
+        direction = noise / torch.linalg.vector_norm(noise, ord=threat.norm.order, dim=1, keepdim=True)
         length = torch.rand(len(x), 1, generator=generator)
         return (radius * length * direction).view_as(x).to(x.device)

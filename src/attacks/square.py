@@ -213,7 +213,7 @@ def _window(top: Tensor, start: Tensor, side: int, width: int) -> Tensor:
 
 def _size(delta: Tensor, threat: ThreatModel) -> Tensor:
     """Norm over the last dimension, which is kept."""
-    return torch.linalg.vector_norm(delta, ord=2 if threat.norm is Norm.L2 else 1, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(delta, ord=threat.norm.order, dim=-1, keepdim=True)
 
 
 def _filled(x: Tensor, delta: Tensor, threat: ThreatModel) -> Tensor:
@@ -230,7 +230,7 @@ def _patch(side: int, norm: Norm) -> Tensor:
     half = side // 2
     hills = [_hill(half, side, norm), -_hill(side - half, side, norm)]
     patch = torch.cat(hills)
-    return patch / torch.linalg.vector_norm(patch, ord=2 if norm is Norm.L2 else 1)
+    return patch / torch.linalg.vector_norm(patch, ord=norm.order)
 
 
 def _hill(height: int, width: int, norm: Norm) -> Tensor:
@@ -242,4 +242,4 @@ def _hill(height: int, width: int, norm: Norm) -> Tensor:
     value = added.flip(0).cumsum(0).flip(0)  # a value lies in every ring that is at least as wide
     row, column = (torch.arange(height) - height // 2).abs(), (torch.arange(width) - width // 2).abs()
     hill = value[torch.maximum(row[:, None], column[None, :])]
-    return hill / torch.linalg.vector_norm(hill, ord=2 if norm is Norm.L2 else 1)
+    return hill / torch.linalg.vector_norm(hill, ord=norm.order)
