@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from src.build import FROM_PIPELINE, asked
 from src.train import CONF
 from tests.conftest import ROOT, choices
 
@@ -71,6 +72,16 @@ def test_one_yaml_one_module_of_the_same_name(group: str) -> None:
         node = OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")
         if "_target_" in node:  # a variant of another choice has none of its own
             assert str(node["_target_"]).split(".")[-2] == name
+
+
+@pytest.mark.parametrize("group", ["attack", "classifier"])
+def test_every_argument_has_a_line_in_its_yaml(group: str) -> None:
+    elsewhere = {"worst_case": ["members"], "own": ["arguments"]}  # of its defaults; added by a person
+    for name in choices(group):
+        node = OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")
+        if "_target_" in node:
+            arguments = set(asked(node, group)) - FROM_PIPELINE
+            assert sorted(arguments - set(node)) == sorted(elsewhere.get(name, [])), name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")

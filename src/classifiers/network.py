@@ -61,9 +61,6 @@ class Network(nn.Module, ABC):
                 f"dataset: a channel has the same value everywhere (std {list(std)}). "
                 "Allowed: channels that vary; drop this one"
             )
-        self.channels = channels
-        self.size = tuple(size)
-        self.num_classes = num_classes
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(-1, 1, 1))
 

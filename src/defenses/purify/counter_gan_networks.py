@@ -85,15 +85,12 @@ class ConvGenerator(nn.Module):
     A sketch has no place for the bridge: one linear layer lays it out at a quarter of the size.
 
     Args:
-        blocks: residual blocks at a quarter of the size.
-        width: channels at half of the size; twice as many at a quarter.
+        width: channels at half of the size; twice as many at a quarter, in three residual blocks.
 
     The other arguments are those of :class:`LinearGenerator`.
     """
 
-    def __init__(
-        self, *, channels: int, size: tuple[int, int], condition: Condition, latent: int, width: int, blocks: int = 3
-    ) -> None:
+    def __init__(self, *, channels: int, size: tuple[int, int], condition: Condition, latent: int, width: int) -> None:
         super().__init__()
         self.size = tuple(size)
         self.margin = (0, -size[1] % 4, 0, -size[0] % 4)
@@ -105,7 +102,7 @@ class ConvGenerator(nn.Module):
         else:
             flat = 2 * width * quarter[0] * quarter[1]
             self.far = nn.Sequential(*_wide(SIDE**2 + latent, flat), nn.Unflatten(1, (2 * width, *quarter)))
-        self.middle = nn.Sequential(*[Residual(2 * width) for _ in range(blocks)])
+        self.middle = nn.Sequential(*[Residual(2 * width) for _ in range(3)])
         self.back = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
         self.noise = nn.Sequential(*_conv(width, width), _quiet(nn.Conv2d(width, 4 * channels, 3, padding=1)))
 
