@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from src.defenses.base import Detector, Share
-from src.defenses.purify.vae import VAE
+from src.defenses.purify.vae import VAE, learnt
 
 
 class VAEKL(Detector):
@@ -53,11 +53,7 @@ class VAEKL(Detector):
         return F.kl_div(again, given, log_target=True, reduction="none").sum(dim=1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, reconstruction, kl = self.vae.loss(batch)
-        values = {"train_loss": loss, "train_reconstruction": reconstruction, "train_kl": kl}
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
-        return loss
+        return learnt(self, self.vae.loss(batch))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss = self.vae.loss(batch)[0]
-        self.log("val_loss", loss, batch_size=len(batch["image"]), sync_dist=True, prog_bar=True)
+        self.log("val_loss", self.vae.loss(batch)[0], batch_size=len(batch["image"]), sync_dist=True, prog_bar=True)

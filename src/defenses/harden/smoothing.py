@@ -60,7 +60,7 @@ class Smoothing(Harden):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of one noisy copy of each image: what is trained and validated."""
-        return self.network(images + self.sigma * torch.randn_like(images))
+        return Noisy(self.network, self.sigma)(images)
 
     def guard(self, classifier: nn.Module) -> DefendedModel:
         return DefendedModel(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from src.defenses.base import Purifier
+from src.defenses.base import Defense, Purifier
 from src.defenses.purify.networks import VAEDecoder, VAEEncoder
 
 
@@ -57,14 +57,10 @@ class VAE(Purifier):
         return self.decoder(torch.randn(count, weight.shape[1], generator=generator).to(weight)), None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, reconstruction, kl = self.loss(batch)
-        values = {"train_loss": loss, "train_reconstruction": reconstruction, "train_kl": kl}
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
-        return loss
+        return learnt(self, self.loss(batch))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, _, _ = self.loss(batch)
-        self.log("val_loss", loss, batch_size=len(batch["image"]), sync_dist=True, prog_bar=True)
+        self.log("val_loss", self.loss(batch)[0], batch_size=len(batch["image"]), sync_dist=True, prog_bar=True)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The whole, the reconstruction and the KL term, each a mean over the batch of sums over an image."""
@@ -75,6 +71,13 @@ class VAE(Purifier):
         reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(dim=1).mean()
         return reconstruction + self.beta * kl, reconstruction, kl
+
+
+def learnt(defense: Defense, losses: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The loss of a training step, logged with its two terms by the defense that is trained."""
+    told = dict(zip(("train_loss", "train_reconstruction", "train_kl"), losses, strict=True))
+    defense.log_dict(told, on_step=False, on_epoch=True, sync_dist=True)
+    return losses[0]
 
 
 def _draw(mean: Tensor, logvar: Tensor) -> Tensor:
