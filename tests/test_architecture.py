@@ -84,6 +84,22 @@ def test_every_argument_has_a_line_in_its_yaml(group: str) -> None:
             assert sorted(arguments - set(node)) == sorted(elsewhere.get(name, [])), name
 
 
+@pytest.mark.parametrize("group", ["attack", "defense"])
+def test_every_attack_and_defense_says_its_shapes_and_errors(group: str) -> None:
+    """Read, not imported: some take seconds."""
+    for name in choices(group):
+        target = re.search(r"^_target_: (\S+)\.(\w+)$", (ROOT / "conf" / group / f"{name}.yaml").read_text(), re.M)
+        if target is None:
+            continue
+        module, own = target.groups()
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+        made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == own)
+        said = ast.get_docstring(made) or ""
+        assert "``(B, C, H, W)`` in [0, 1]" in said, name
+        fails = [node for node in ast.walk(made) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+        assert not fails or "Raises:" in said, name
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_yaml_opens_with_its_purpose_and_a_command(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line][:2]

@@ -72,6 +72,7 @@ class APGD(Attack):
     attacks on image classifiers", https://arxiv.org/abs/2103.01208
 
     Norms: linf, l2, l1. Untargeted and targeted.
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
 
     Args:
         steps: gradient steps of one start.
@@ -80,7 +81,7 @@ class APGD(Attack):
             class after another, the most likely of the clean image first. A targeted threat has its one class, and
             ``dlr`` is the targeted ratio there: the other is flat where the target's logit is the third largest.
         target_classes: ``dlr_targeted`` only: how many other classes are tried, at most all.
-        rho: the step is halved where at most this share of the steps since the last look raised the loss.
+        rho: the step is halved where no more than this share of the steps since the last look raised the loss.
         eot_iter: gradients averaged in each step; for models that answer at random.
         enlarge: l1 only: spend the first 30 % of the steps in a ball of radius 3 eps and the next 30 % in 2 eps.
 

@@ -63,6 +63,12 @@ class ART(Peer):
         name: class in ``art.attacks.evasion``: ProjectedGradientDescent, HopSkipJump, PixelAttack, …
         arguments: of its constructor, in the library's own names and units (``eps_step``: in [0, 1] pixels).
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
+    Raises:
+        UserError: the library is not installed; when called, it has no attack of that name or none for this norm or
+            mode, it refuses an argument or fails, or the model rejects.
+
     Example::
 
         attacked = ART(name="ProjectedGradientDescent", arguments={"max_iter": 40})(model, images, labels, threat)

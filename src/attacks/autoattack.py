@@ -38,6 +38,8 @@ class AutoAttack(Ensemble):
         queries: times that Square may show an image to the model.
         eot_iter: ``rand`` only: gradients averaged in each step.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels ``(B,)``.
+
     Where ours departs from the reference: what its members say of themselves; an image that holds comes back as the
     first APGD left it instead of clean; images meant for another model or other draws (``threat.exhaust``) go on to
     further members until the goal leads by far, and are those in which it leads by most; with fewer than ten classes

@@ -26,6 +26,8 @@ class FGSM(Attack):
         steps: 1 is the fast gradient sign method, more is the basic iterative method.
         step: length of a step in [0, 1] pixel units; None: ``eps / steps``.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
     Example::
 
         attacked = FGSM()(model, images, labels, ThreatModel(norm="linf", eps=0.3))

@@ -31,6 +31,12 @@ class Foolbox(Peer):
             (``CarliniWagner``, ``PGD``, ``DeepFool``, ``FMN``).
         arguments: of its constructor, in the library's own names and units (``rel_stepsize``: in radii).
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
+    Raises:
+        UserError: the library is not installed; when called, it has no attack of that name or none for this norm or
+            mode, it refuses an argument or fails, or the model rejects.
+
     Example::
 
         attacked = Foolbox(name="PGD", arguments={"steps": 40})(model, images, labels, threat)

@@ -38,6 +38,8 @@ class HopSkipJump(Attack):
         starts: noise images tried in search of a start.
         batch_size: images the model gets at once. It bounds the memory, whatever the number of images or samples.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
     Where ours departs from the paper: only one in eight noise images is uniform per pixel, the others are cells of
     black and white, since many networks take all pixel noise for one class; the nearest point of the walk is
     returned, not the last; a step that was halved 30 times without success is not taken. The images of a batch share

@@ -45,6 +45,9 @@ class JSMA(Attack):
     number of classes; the best pair is exact, but looked for among the values that at most one other beats in both
     respects.
 
+    Raises:
+        UserError: a ``theta`` of less than 1/255 up or down.
+
     Example::
 
         attacked = JSMA()(model, images, labels, ThreatModel(norm="l0", eps=50, targeted=True), target=sixes)

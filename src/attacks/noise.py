@@ -31,6 +31,8 @@ class Noise(Attack):
         kind: ``uniform`` or ``gaussian``.
         draws: times that an image is tried; the first success is kept, else the last draw.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
     Example::
 
         attacked = Noise(kind="gaussian")(model, images, labels, ThreatModel(norm="l2", eps=0.5))

@@ -40,6 +40,8 @@ class OnePixel(Attack):
         batch_size: candidate images the model gets at once. It bounds the memory, whatever the number of images: so
             many images evolve together as have a place in it with their whole population.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
     Where ours departs from the paper: it has ``around="random"`` and ``weight=(0.5, 0.5)``; the defaults are those of
     the implementations in use (scipy's), which turn more images (5 pixels, lenet on MNIST validation images: 6 of 24
     against 1). Candidates are compared by the lead of the class in logits, not by its

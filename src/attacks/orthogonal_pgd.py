@@ -33,6 +33,8 @@ class OrthogonalPGD(Attack):
         longest: length of the first step, in radii (linf: root mean square over the values, in half radii).
         shortest: length of the last step; between them it falls along a cosine.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
     Where ours departs from the paper: steps follow the gradient, not its sign, which is orthogonal to nothing; they
     shrink, since a detector sees a residue of the size of a step; only what is at odds is taken out of a direction;
     the margin for the cross-entropy; an image that is turned and accepted leaves the batch (``threat.exhaust`` keeps it

@@ -38,6 +38,8 @@ class PGD(Attack):
         momentum: share of the previous direction kept; 1.0 is MI-FGSM.
         sparsity: l1 only: share of the values that one step moves.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
     Where ours departs from the papers: an image that is already misclassified leaves the batch, since more steps cannot
     change its verdict (``threat.exhaust`` keeps it in, for images that are meant for another model).
 

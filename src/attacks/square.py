@@ -36,6 +36,8 @@ class Square(Attack):
         rescale_schedule: stretch the paper's schedule of square sizes, made for 10,000 queries, to ``queries``; false:
             run its first ``queries`` steps, as AutoAttack does.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
     Where ours departs from the papers' code: every image has squares of its own, not one for the whole batch, and they
     may touch the last row and column; a turned image leaves the batch (``threat.exhaust`` keeps it in); a linf proposal
     that changes no pixel is not shown to the model, since the answer is known, but counts against ``queries``; images

@@ -29,6 +29,12 @@ class TorchAttacks(Peer):
         name: class in ``torchattacks``: PGD, CW, JSMA, …
         arguments: of its constructor, in the library's own names and units (``alpha``: step in [0, 1] pixels).
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
+    Raises:
+        UserError: the library is not installed; when called, it has no attack of that name or none for this norm or
+            mode, it refuses an argument or fails, or the model rejects.
+
     Example::
 
         attacked = TorchAttacks(name="PGD", arguments={"steps": 40})(model, images, labels, threat)

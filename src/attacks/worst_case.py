@@ -33,8 +33,14 @@ class WorstCase(Ensemble):
             turned is spared the others, which is faster and gives the same verdicts where members draw no random
             numbers.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
+
     A model that declares that it lets no gradient through (``differentiable`` is false) meets the other members only,
     and one that rejects nothing is spared those ``against_rejection``.
+
+    Raises:
+        UserError: no members, something that is no attack, or a wrong argument of one; when called, members that lack
+            the norm or the mode.
 
     Example::
 

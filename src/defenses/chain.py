@@ -20,6 +20,8 @@ class Chain(Defense):
     Args:
         parts: the defenses, each trained as it would be alone. One that replaces the classifier can only be the last.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], logits ``(B, classes)``.
+
     Raises:
         UserError: a part stands behind one that replaces the classifier; :func:`src.config.parse` says so earlier.
     """

@@ -43,6 +43,8 @@ class SqueezingDetector(Detector):
         fpr: share of clean validation images that are rejected.
         threshold: a fixed threshold of the score instead.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], scores ``(B,)``.
+
     The gradient is exact but for the rounding to fewer bits, where the identity stands in for it (``bpda``). Where ours
     departs from the paper: see ``FeatureSqueezing``.
 

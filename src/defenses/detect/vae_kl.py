@@ -26,6 +26,8 @@ class VAEKL(Detector):
         fpr: share of clean validation images that are rejected.
         threshold: a fixed threshold of the score instead; system C's is 0.3.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], scores ``(B,)``.
+
     The gradient is exact. Where ours departs from system C: its threshold was chosen by eye, ours is set on clean
     validation images unless given; the VAE has batch norm.
     """

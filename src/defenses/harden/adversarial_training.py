@@ -33,10 +33,10 @@ class AdversarialTraining(Harden):
     - ``free``: each batch is repeated; one backward pass moves the weights and the perturbation, which goes on from
       batch to batch. Shafahi et al. 2019, https://arxiv.org/abs/1904.12843. It makes its own images, so
       ``trained_on.attack`` is null. linf and l2.
-    - ``trades``: cross-entropy of the clean images, and the divergence of the answers on the attacked ones from those
-      on the clean ones. Zhang et al. 2019, https://arxiv.org/abs/1901.08573
-    - ``mart``: cross-entropy of the attacked images with a margin, and that divergence weighted by how uncertain the
-      clean answer is. Wang et al. 2020, https://openreview.net/forum?id=rklOg6EFwS
+    - ``trades``: cross-entropy of the clean images, and KL(clean || attacked), the divergence of the answers on the
+      attacked ones from those on the clean ones. Zhang et al. 2019, https://arxiv.org/abs/1901.08573
+    - ``mart``: cross-entropy of the attacked images with a margin, and KL(clean || attacked) weighted by how uncertain
+      the clean answer is. Wang et al. 2020, https://openreview.net/forum?id=rklOg6EFwS
 
     Where ours departs from the papers: attacked images are made in eval mode; TRADES' images raise the cross-entropy,
     like all others, instead of the divergence; the perturbation of ``free`` begins at zero in each epoch, so that a
@@ -53,6 +53,8 @@ class AdversarialTraining(Harden):
         ema: decay, in [0, 1), of the moving average of weights and batch-norm statistics that validation sees and that
             is the new classifier; 0: none. It is lower in the first steps: (1 + n) / (10 + n) after n of them.
         warm_start: begin with the bare classifier's weights.
+
+    Shapes: images ``(B, C, H, W)`` in [0, 1], logits ``(B, classes)``.
 
     Raises:
         UserError: at fit: no ``trained_on``, an attack in it for ``free`` or none for the others, or a norm that
@@ -179,7 +181,7 @@ def mart(clean: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> Tensor
 
 
 def _divergence(clean: Tensor, attacked: Tensor) -> Tensor:
-    """KL of the answer on each attacked image from that on the clean one, ``(B,)``."""
+    """KL(clean || attacked) of the answers to each image and to what was made of it, ``(B,)``, nats."""
     logs = attacked.log_softmax(dim=1), clean.log_softmax(dim=1)
     return F.kl_div(*logs, reduction="none", log_target=True).sum(dim=1)
 

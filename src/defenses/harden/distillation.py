@@ -17,7 +17,7 @@ class Distillation(Harden):
     """A network that learns the answers of another one, both at a high temperature; used at temperature 1.
 
     Paper: Papernot, McDaniel, Wu, Jha, Swami 2016, "Distillation as a Defense to Adversarial Perturbations against Deep
-    Neural Networks", https://arxiv.org/abs/1511.04508. Broken by Carlini, Wagner 2016,
+    Neural Networks", https://arxiv.org/abs/1511.04508. Broken by Carlini, Wagner 2017,
     https://arxiv.org/abs/1608.04644: at temperature 1 the logits are so large that a cross-entropy's gradient vanishes
     in float32. Measure it with attacks on margins or logit ratios (attack=cw, attack.loss=dlr, autoattack).
 
@@ -34,6 +34,8 @@ class Distillation(Harden):
         temperature: what logits are divided by in training; the paper's are 1 to 100.
         layers: ``all``: the paper's. ``last``: both networks keep the bare classifier's features as they are, in eval
             mode, and only their last layer is made anew.
+
+    Shapes: images ``(B, C, H, W)`` in [0, 1], logits ``(B, classes)``.
 
     Raises:
         UserError: ``layers="last"`` for a network without ``head``; at fit, a recipe with ``patience``.

@@ -28,6 +28,8 @@ class RBF(Harden):
         margin: squared distance beyond which the centres of the wrong classes are pushed.
         fpr: share of clean validation images that are rejected as far from every class; None: nothing is.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], logits ``(B, classes)``.
+
     Logits are the negative squared distances. The gradient is exact.
 
     Raises:

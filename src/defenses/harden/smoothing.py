@@ -33,6 +33,8 @@ class Smoothing(Harden):
         certify_draws: draws of the bound; the largest radius is ``sigma * Phi^-1(alpha ** (1 / certify_draws))``.
         certify_images: how many of the first test images are certified.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], logits ``(B, classes)``.
+
     Stochastic; the gradient through a draw is exact. Noisy pixels may lie outside [0, 1], as in the paper.
     """
 

@@ -19,7 +19,12 @@ class SqueezedTraining(Harden):
         fresh: makes a network of the bare classifier's kind, as it is before its training.
         window: side of the filter's square window in pixels.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], logits ``(B, classes)``.
+
     The gradient is exact: it goes to the pixel that is the median.
+
+    Raises:
+        UserError: when called, a window that is too large for the images.
     """
 
     def __init__(self, *, fresh: Fresh, window: Window = 3) -> None:

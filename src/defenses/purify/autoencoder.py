@@ -28,6 +28,9 @@ class Autoencoder(Purifier):
             none ("vanilla"). With noise the defense is stochastic and the white_box attacker averages over draws.
 
     The gradient is exact. Inputs and outputs are ``(B, C, H, W)`` in [0, 1].
+
+    Raises:
+        UserError: images under 4x4.
     """
 
     gradient = "exact"

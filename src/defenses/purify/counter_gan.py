@@ -50,6 +50,9 @@ class CounterGAN(Purifier):
 
     Departures from theirs: ``condition: image``; clean images in the training; the radius of the attacks learnt from is
     drawn anew for each batch; the repaired image is cut to [0, 1].
+
+    Raises:
+        UserError: ``network="conv"`` and images under 8x8.
     """
 
     monitor = ("val_accuracy", "max")

@@ -52,6 +52,8 @@ class CWGANGP(WassersteinGAN):
         betas: decay rates of Adam's moments.
         averaging: decay of the running average of the generator's weights.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1], logits ``(B, classes)``.
+
     Raises:
         UserError: images under 8x8.
     """

@@ -24,7 +24,8 @@ class Diffusion(Purifier):
 
     Args:
         t_star: how far the image is noised, as a share of the whole process, DDPM's linear one: the paper takes 0.1
-            against l-inf 8/255. At 1 nothing of the image would be left. Weights serve any smaller ``t_star`` too.
+            against l-inf 8/255. At 1 nothing of the image would be left. Another ``t_star`` is another
+            training; for a smaller one the weights can be given as ``checkpoint`` instead.
         steps: steps back from there.
         eta: noise drawn anew at each step back; 0 is DDIM, 1 DDPM.
         gradient: ``exact`` through all steps, or ``bpda``: the gradient of a single step from ``t_star`` to the clean

@@ -31,6 +31,8 @@ class FeatureSqueezing(Purifier):
         patch: side of its patches in pixels, odd.
         strength: of its smoothing, in levels of 255.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1] before and after.
+
     Several are applied in that order; for another, chain this defense with itself. The gradient is exact without
     ``bits``; with them it is ``bpda``, the rounding's replaced by the identity.
 

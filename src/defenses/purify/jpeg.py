@@ -49,13 +49,16 @@ class JPEG(Purifier):
     Args:
         quality: 1 to 100, as the encoders of libjpeg count it.
 
+    Shapes: images ``(B, C, H, W)`` in [0, 1] before and after.
+
     Our own codec: the lossy half of baseline JPEG, without the file, so that a batch stays on its device. Colour is
     halved in both directions (4:2:0) and interpolated back, as libjpeg does; tests hold it to that library within its
     rounding.
 
     The gradient is ``bpda``: that of the same codec with each rounding of a coefficient replaced by the cubic of Shin,
-    Song 2017, "JPEG-resistant Adversarial Images", which is flat where a coefficient is rounded away, and each rounding
-    of a pixel by the identity.
+    Song 2017, "JPEG-resistant Adversarial Images",
+    https://machine-learning-and-security.github.io/papers/mlsec17_paper_54.pdf, which is flat where a coefficient is
+    rounded away, and each rounding of a pixel by the identity.
     """
 
     gradient = "bpda"
