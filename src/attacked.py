@@ -46,16 +46,13 @@ class AttackedImages:
 
     def parts(self, threat: ThreatModel) -> dict[str, Any]:
         """What attacked images depend on beside the model they are made on."""
-        parts = self.attack.parts(threat.norm)
         return {
             "node": self.job.attack,
             "threat": asdict(threat),
             "seed": self.job.seed,
             "batch": self.job.eval_batch_size,
             "search": str(self.search),
-            "source": source_digest(
-                type(self.attack), *map(type, parts.values()), ThreatModel, AttackCallback, within="src.attacks"
-            ),
+            "source": source_digest(*self.attack.kinds(threat.norm), ThreatModel, AttackCallback, within="src.attacks"),
         }
 
     def made(self, threat: ThreatModel, access: Access) -> Table:

@@ -163,11 +163,12 @@ class Workshop:
                 f"{group}.trained_on.validation: missing; where trained_on.attack is null, an attack has to judge what "
                 "is learnt. Use /attack@trained_on.validation: pgd"
             )
+        kinds = [kind for each in (attack, judge) if each for kind in each.kinds(norm)]
         itself = source.target == "itself"
         module.threat = ThreatModel(norm=norm, eps=eps, exhaust=True)
         about["trained_on"] = {
             **source.model_dump(),
-            "source": source_digest(type(attack), type(judge), ThreatModel, AttackCallback, within="src.attacks"),
+            "source": source_digest(*kinds, ThreatModel, AttackCallback, within="src.attacks"),
             "norm": norm,
             "eps": eps,
             "classifier": None if itself else classifier_key,

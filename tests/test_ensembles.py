@@ -121,7 +121,9 @@ def test_a_member_without_the_norm_says_so() -> None:
 
 def test_every_attack_says_what_it_is_made_of() -> None:
     inner = WorstCase(members={"fgsm": FGSM()})
+    outer = WorstCase(members={"a": inner, "b": PGD()})
     assert WorstCase(members={"a": inner}).parts(Norm.L2) == {"a": inner}
+    assert outer.kinds(Norm.L2) == [WorstCase, WorstCase, FGSM, PGD]
     assert {type(part) for part in AutoAttack(version="rand").parts(Norm.L2).values()} == {APGD}
     assert PGD().parts(Norm.LINF) == {}
 

@@ -234,6 +234,10 @@ class Attack(ABC):
         """The attacks that it runs in this norm, by name; most are made of none."""
         return {}
 
+    def kinds(self, norm: Norm) -> list[type]:
+        """Its class and those of all that it is made of: whose code its images depend on."""
+        return [type(self), *(kind for part in self.parts(norm).values() for kind in part.kinds(norm))]
+
     @abstractmethod
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         """Adversarial images for ``x``, same shape, in [0, 1] and within ``threat``.
