@@ -149,7 +149,14 @@ def test_autoattack_has_the_published_members() -> None:
     assert facts(l1["apgd-t"]) == ("dlr_targeted", 100, 1, 5, 1, True)
     assert facts(plus["apgd-ce"]) == ("ce", 100, 5, None, 1, False)
     assert facts(plus["apgd-dlr"]) == ("dlr", 100, 5, None, 1, False)
+    assert facts(plus["apgd-t"]) == ("dlr_targeted", 100, 1, 9, 1, False)
+    assert facts(rand["apgd-ce"]) == ("ce", 100, 1, None, 20, False)
     assert facts(rand["apgd-dlr"]) == ("dlr", 100, 1, None, 20, False)
+
+    fab, of_fab = pytest.importorskip("src.attacks.fab").FAB, {"steps": 100, "stop_at_eps": True}
+    for each in (standard["fab-t"], l1["fab-t"], plus["fab-t"]):
+        assert vars(each) == vars(fab(**of_fab, target_classes=9))
+    assert vars(plus["fab"]) == vars(fab(**of_fab, restarts=5))
     square = standard["square"]
     assert isinstance(square, Square)
     assert (square.queries, square.p_init, square.rescale_schedule, square.restarts) == (5000, 0.8, False, 1)

@@ -159,6 +159,22 @@ def test_images_for_others_are_the_surest_and_others_the_nearest(exhaust: bool) 
     assert found.distance.tolist() == pytest.approx([0.4 if exhaust else 0.1] * 2)
 
 
+def test_an_image_that_nobody_turns_is_as_the_first_member_left_it() -> None:
+    images, labels = torch.full((2, 1, 2, 2), 0.4), torch.zeros(2, dtype=torch.int64)
+    attack = WorstCase(members={str(by): Moves(by) for by in (0.02, 0.05, 0.01)})
+    attacked = attack(Slope(), images, labels, ThreatModel(norm="linf", eps=0.05))
+    assert not attacked.success.any()
+    assert attacked.distance.tolist() == pytest.approx([0.02] * 2)
+
+
+def test_without_a_limit_the_nearest_is_kept_though_images_are_for_others() -> None:
+    """One search for every eps: the surest one would lie beyond most of them."""
+    images, labels = torch.full((2, 1, 2, 2), 0.45), torch.zeros(2, dtype=torch.int64)
+    attack = WorstCase(members={str(by): Moves(by) for by in (0.2, 0.1, 0.4)})
+    attacked = attack(Slope(), images, labels, ThreatModel(norm="linf", eps=math.inf, exhaust=True))
+    assert attacked.distance.tolist() == pytest.approx([0.1] * 2)
+
+
 def test_the_clean_answer_is_asked_for_once() -> None:
     model = Linear(channels=1, side=4, classes=2)
     images = torch.full((4, 1, 4, 4), 0.5)
