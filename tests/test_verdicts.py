@@ -159,6 +159,28 @@ def test_images_for_others_are_the_surest_and_others_the_nearest(exhaust: bool) 
     assert found.distance.tolist() == pytest.approx([0.4 if exhaust else 0.1] * 2)
 
 
+@pytest.mark.parametrize(("rejects", "differentiable"), [(True, True), (False, True), (True, False), (False, False)])
+def test_members_meet_the_models_that_they_are_made_for(rejects: bool, differentiable: bool) -> None:
+    class Against(Moves):
+        against_rejection = True
+
+    class Blind(Moves):
+        needs = "labels"
+
+    class Model(Slope):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return torch.cat([logits, torch.full((len(x), 1), -10.0)], dim=1) if rejects else logits
+
+    model = Model()
+    model.rejects, model.differentiable = rejects, differentiable  # type: ignore[assignment]
+    images, labels = torch.full((1, 1, 2, 2), 0.45), torch.zeros(1, dtype=torch.int64)
+    attack = WorstCase(members={"against": Against(0.1), "gradient": Moves(0.2), "blind": Blind(0.3)})
+    attacked = attack(model, images, labels, ThreatModel(norm="linf", eps=0.5))
+    nearest = 0.3 if not differentiable else 0.1 if rejects else 0.2
+    assert attacked.distance.tolist() == pytest.approx([nearest])
+
+
 def test_an_image_that_nobody_turns_is_as_the_first_member_left_it() -> None:
     images, labels = torch.full((2, 1, 2, 2), 0.4), torch.zeros(2, dtype=torch.int64)
     attack = WorstCase(members={str(by): Moves(by) for by in (0.02, 0.05, 0.01)})
