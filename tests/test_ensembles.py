@@ -232,6 +232,21 @@ def test_noise_is_weak_and_keeps_to_the_budget(kind: str, norm: Norm) -> None:
         assert int(attacked.success.sum()) < int(strong.success.sum()) / 2
 
 
+@pytest.mark.parametrize("kind", ["uniform", "gaussian"])
+def test_noise_in_l0_draws_new_values_or_adds_to_them(kind: str) -> None:
+    """The pixels hold 0.9: new values from [0, 1] lie mostly below it, a Gaussian of deviation 1 on either side."""
+    images = torch.full((50, 3, 8, 8), 0.9)
+    threat = ThreatModel(norm="l0", eps=64)
+    drawn = Noise(kind=kind)._drawn(images, threat, torch.Generator().manual_seed(0))
+    inside = drawn[(drawn > 0) & (drawn < 1)]
+    if kind == "uniform":
+        assert len(inside) == drawn.numel()
+        assert float((drawn < 0.25).float().mean()) == pytest.approx(0.25, abs=0.02)
+    else:  # cut off at the ends of the box, 0.9 below and 0.1 above
+        assert float((drawn == 0).float().mean()) == pytest.approx(0.184, abs=0.02)
+        assert float((drawn == 1).float().mean()) == pytest.approx(0.460, abs=0.02)
+
+
 def test_more_draws_of_noise_never_lose_an_image() -> None:
     model: nn.Module = curved()
     images, labels = batch(model, 64)

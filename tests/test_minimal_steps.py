@@ -12,6 +12,7 @@ from src.attacks.cw import CW, _Search
 from src.attacks.deepfool import DeepFool
 from src.attacks.fab import FAB
 from src.attacks.fmn import FMN
+from src.attacks.gradients import steepest
 from src.attacks.jsma import JSMA
 from src.attacks.minimal import shorten
 from src.attacks.query import Query
@@ -172,6 +173,16 @@ def test_every_point_of_fmn_is_that_of_the_published_algorithm(norm: Norm) -> No
     best = torch.where(hit, torch.minimum(best, (now - clean).abs()), best)
     assert 0 < int(attacked.success.sum()) < 49
     torch.testing.assert_close(attacked.distance, torch.where(best.isfinite(), best, 0.0), rtol=0, atol=1e-4)
+
+
+def test_the_steepest_step_has_length_one_however_small_the_slope() -> None:
+    """Squares of a confident network's slopes underflow; where there is no slope there is no step."""
+    slope = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    tiny = slope * torch.tensor([1.0, 1e-30, 0.0]).view(-1, 1, 1, 1)
+    step = steepest(tiny, Norm.L2)
+    direction = slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(step[:2], direction[:2])
+    assert not step[2].any()
 
 
 def test_cw_takes_the_steps_of_adam_in_tanh_space() -> None:
