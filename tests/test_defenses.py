@@ -28,7 +28,7 @@ def make(name: str, channels: int = 1, side: int = 8, extra: Sequence[str] = ())
         cfg = compose("train", overrides=[f"defense={name}", *extra])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return _built(OmegaConf.to_container(cfg.defense), channels, side).eval()
+        return _built(OmegaConf.to_container(cfg.defense, resolve=True), channels, side).eval()
 
 
 def _built(choice: dict, channels: int, side: int) -> Defense:
