@@ -107,13 +107,16 @@ def test_frozen_answers_alike_and_passes_the_gradient_of_the_image_only() -> Non
     assert network.layer.weight.grad is None
 
 
-def test_part_of_each_batch_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    defense, (batch,) = make(clean_share=0.5), batches(1)
+def test_part_of_each_batch_is_clean_and_the_losses_have_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    defense, (batch,) = make(clean_share=0.5, classification=3.0, likeness=2.0, adversarial=0.5), batches(1)
     seen: list[Tensor] = []
     monkeypatch.setattr(defense, "purify", lambda images: seen.append(images) or images.requires_grad_())
     monkeypatch.setattr(defense, "log_dict", lambda *_, **__: None)
-    defense.training_step(batch, 0)
+    loss = defense.training_step(batch, 1)  # not a turn of the discriminator
     assert torch.equal(seen[0], torch.cat([batch["clean"][:2], batch["image"][2:]]))
+    answer, fooling = defense._target[0](seen[0]), defense._fooling(defense.discriminator(seen[0]))
+    parts = nn.functional.cross_entropy(answer, batch["label"]), nn.functional.mse_loss(seen[0], batch["clean"])
+    torch.testing.assert_close(loss, 3 * parts[0] + 2 * parts[1] + 0.5 * fooling)
 
 
 def test_the_repair_is_the_image_and_the_noise_cut_to_the_box() -> None:

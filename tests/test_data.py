@@ -17,6 +17,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from src.audit import FIXED, composed
@@ -125,6 +126,11 @@ def test_digits() -> None:
     assert len(module.train) + len(module.val) + len(module.test) == 1797
     assert module.train.images.dtype == torch.uint8
     assert int(module.train.images.max()) == 255
+    bunch = load_digits()
+    known = zip(np.rint(bunch.data * 255 / 16).astype(np.uint8), bunch.target, strict=True)
+    whole = [split.batch(range(len(split))) for split in (module.train, module.val, module.test)]
+    read = [pair for part in whole for pair in zip(part["image"].numpy(), part["label"], strict=True)]
+    assert sorted((bytes(x), int(y)) for x, y in read) == sorted((bytes(x), int(y)) for x, y in known)
 
 
 def test_mnist_from_unpacked_files_without_network(tmp_path: Path) -> None:
@@ -161,6 +167,7 @@ def test_npz_layouts(tmp_path: Path, layout: str) -> None:
     spec, train, _ = NPZ(root=path).load()
     expected = torch.from_numpy(x["train"]).permute(0, 3, 1, 2)
     assert torch.equal(torch.as_tensor(train.images), expected[:, :1] if layout == "NHW" else expected)
+    assert train.labels.tolist() == stored["y_train"].tolist()
     assert spec.name == "shapes"
     assert spec.augment == ("crop" if layout == "NHW" else "crop_flip")
     prepared(NPZ(root=str(tmp_path)))  # the folder that holds just this file

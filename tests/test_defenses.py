@@ -17,6 +17,7 @@ from src.config import split
 from src.defenses.base import Defense, Purifier
 from src.defenses.guarded import DefendedModel
 from src.defenses.purify.autoencoder import Autoencoder
+from src.defenses.purify.vae import VAE
 from src.train import CONF
 from tests.conftest import Linear, choices
 
@@ -228,3 +229,31 @@ def test_autoencoder_learns_attacked_to_clean() -> None:
     attacked, clean = images(), images().flip(0)
     loss = defense._loss({"image": attacked, "clean": clean})
     torch.testing.assert_close(loss, nn.functional.mse_loss(defense.purify(attacked), clean))
+
+
+def test_autoencoder_adds_noise_of_its_spread_to_the_code() -> None:
+    defense = Autoencoder(channels=1, size=(8, 8), noise=0.5)
+    torch.manual_seed(0)
+    seen = defense.purify(images())
+    torch.manual_seed(0)
+    code = defense.encoder(images())
+    torch.testing.assert_close(seen, defense.decoder(code + 0.5 * torch.randn_like(code)))
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_vae_by_hand(sample: bool) -> None:
+    """The loss of a drawn code, against torch's own KL; at test its mean, unless a draw is asked for."""
+    vae = VAE(channels=1, size=(8, 8), latent=3, beta=2.0, sample=sample).eval()
+    given, clean = images(), images().flip(0)
+    mean, logvar = vae.encoder(given)
+    drawn, prior = torch.distributions.Normal(mean, logvar.div(2).exp()), torch.distributions.Normal(0.0, 1.0)
+    torch.manual_seed(0)
+    loss, reconstruction, kl = vae.loss({"image": given, "clean": clean})
+    torch.manual_seed(0)
+    code = drawn.mean + drawn.stddev * torch.randn(4, 3)
+    wanted = nn.functional.binary_cross_entropy(vae.decoder(code), clean, reduction="sum") / 4
+    torch.testing.assert_close(reconstruction, wanted)
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(drawn, prior).sum(dim=1).mean())
+    torch.testing.assert_close(loss, reconstruction + 2 * kl)
+    torch.manual_seed(0)
+    torch.testing.assert_close(vae.purify(given), vae.decoder(code if sample else mean))

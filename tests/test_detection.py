@@ -249,6 +249,21 @@ def test_magnet_detects_and_reforms_as_it_is_told() -> None:
         MagNet(channels=1, detectors=[], reform=False)
 
 
+def test_magnet_has_two_autoencoders_for_grey_images_and_trains_both_on_noisy_ones() -> None:
+    torch.manual_seed(0)
+    magnet, x = MagNet(channels=1, detectors=["l1"], noise=0.3), images(side=8)
+    errors = (x - magnet.plain(x).sigmoid()).abs().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(magnet.guard(Linear(side=8)).scores(x)[:, 0], errors)
+    assert not torch.allclose(magnet.plain(x), magnet.reformer(x), atol=1e-3)
+    magnet.log = lambda *_, **__: None  # type: ignore[method-assign]
+    torch.manual_seed(1)
+    loss = magnet.training_step({"image": x}, 0)
+    torch.manual_seed(1)
+    shown = (x + 0.3 * torch.randn_like(x)).clamp(0, 1)
+    both = [nn.functional.mse_loss(part(shown).sigmoid(), x) for part in (magnet.reformer, magnet.plain)]
+    torch.testing.assert_close(loss, both[0] + both[1])
+
+
 def test_a_defended_model_travels_to_another_process() -> None:
     x = images(side=8)
     defended = frozen(MagNet(channels=1).guard(Linear(side=8)), x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pytorch_lightning import Trainer
@@ -71,6 +73,29 @@ def test_penalty_of_a_linear_critic_is_its_slope() -> None:
     assert float(gradient_penalty(Sloped(), images(), images().flip(0))) == pytest.approx(4.0)
 
 
+def test_losses_by_hand() -> None:
+    """Of a critic whose score, 16 times the mean of 8x8 pixels, has a slope of norm 2: a penalty of 1."""
+
+    class Bright(nn.Module):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            return 16 * x.mean(dim=(1, 2, 3))
+
+    defense, told = defense_gan(n_critic=1, penalty=7.0), []
+    defense.critic = Bright()  # type: ignore[assignment]
+    defense.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    defense._step = lambda which, losses: told.append(losses) or {}  # type: ignore[method-assign, assignment]
+    defense._trainer = SimpleNamespace(current_epoch=0, num_training_batches=1)
+    torch.manual_seed(0)
+    defense.training_step({"image": images() * 0, "clean": images(), "label": torch.zeros(3)}, 0)
+    torch.manual_seed(0)
+    fake = 16 * defense.generator(torch.randn(3, 4)).mean()
+    distance = 16 * images().mean() - fake
+    critic, generator = told
+    torch.testing.assert_close(critic["train_critic"], 7 - distance)
+    torch.testing.assert_close(critic["train_wasserstein"], distance)
+    torch.testing.assert_close(generator["train_loss"], -fake)
+
+
 def test_descent_follows_momentum_by_hand() -> None:
     """Loss z²/2, rate 1, momentum 0.5: the fifth step of five has a tenth of the rate."""
     z, velocity = 8.0, 0.0
@@ -102,6 +127,18 @@ def test_projection_takes_the_best_restart_and_more_candidates_start_nearer() ->
     assert (error(many) < error(one)).all()
     with pytest.raises(UserError, match="fewer than"):
         defense_gan(restarts=3, candidates=2)
+
+
+def test_projection_takes_the_best_of_its_restarts() -> None:
+    defense = defense_gan(restarts=4, candidates=4, steps=1, rate=3.0, momentum=0.0)
+    errors = []
+    for code in torch.randn(4, 4, generator=torch.Generator().manual_seed(0)):
+        start = code.repeat(3, 1).requires_grad_()
+        error = (defense.average(start) - images()).square().mean(dim=(1, 2, 3))
+        (slope,) = torch.autograd.grad(error.sum(), start)
+        errors.append((defense.average(start - 3 * slope) - images()).square().mean(dim=(1, 2, 3)))
+    found = (defense.purify(images()) - images()).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found, torch.stack(errors).amin(dim=0).detach())
 
 
 def test_projection_needs_nothing_of_its_caller() -> None:

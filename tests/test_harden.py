@@ -165,6 +165,9 @@ def test_objectives_learn_from_what_they_say() -> None:
     torch.testing.assert_close(losses["pgd"], attacked)
     torch.testing.assert_close(losses["fast"], attacked)
     torch.testing.assert_close(losses["fgsm"], (clean + attacked) / 2)
+    for name, term in (("trades", trades), ("mart", mart)):
+        by_hand = term(fresh()(data["clean"]), fresh()(data["image"]), data["label"], 3.0)
+        torch.testing.assert_close(adversarial(objective=name, beta=3.0).loss(data), by_hand)
 
 
 def free(replays: int, monkeypatch: pytest.MonkeyPatch) -> AdversarialTraining:
@@ -197,6 +200,15 @@ def test_free_moves_the_perturbation_up_the_gradient_and_keeps_it(monkeypatch: p
     torch.testing.assert_close(module.network.layer.weight.grad, plain.layer.weight.grad)
     module.on_train_epoch_start()
     assert module.perturbation is None
+
+
+def test_free_moves_the_weights_in_each_replay_and_the_schedule_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, steps = free(3, monkeypatch), []
+    optimizer, schedule = module.optimizers(), SimpleNamespace(step=lambda: steps.append("schedule"))
+    monkeypatch.setattr(optimizer, "step", lambda: steps.append("weights"))
+    monkeypatch.setattr(module, "lr_schedulers", lambda: schedule)
+    module.training_step({"image": images(), "label": batch()["label"]}, 0)
+    assert steps == ["weights"] * 3 + ["schedule"]
 
 
 @pytest.mark.parametrize("value", [0.5, 1.0])  # within the box, and at its edge
@@ -286,10 +298,10 @@ def test_weights_of_ones_own_are_those_of_the_network_alone(tmp_path: Path, name
         load_weights(module, file, "defense.checkpoint")
 
 
-def test_fast_stops_when_its_accuracy_collapses() -> None:
-    module = adversarial(objective="fast", collapse=0.2)
+def test_fast_alone_stops_when_its_accuracy_collapses() -> None:
     keeper = SimpleNamespace(best_model_score=torch.tensor(0.7))
-    for now, stops in ((0.55, False), (0.45, True)):
+    for objective, now, stops in (("fast", 0.55, False), ("fast", 0.45, True), ("pgd", 0.45, False)):
+        module = adversarial(objective=objective, collapse=0.2)
         module._trainer = SimpleNamespace(
             checkpoint_callback=keeper, callback_metrics={"val_accuracy": torch.tensor(now)}, should_stop=False
         )
@@ -392,6 +404,21 @@ def test_kept_features_do_not_drift_in_training() -> None:
         assert not any(part.training for part in network.body.modules())  # nor was there dropout
 
 
+def test_the_teacher_learns_for_half_of_the_training_and_then_teaches_in_eval_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learnt, real = [], Distillation._learnt
+
+    def watched(self: Distillation, network: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        learnt.append((network is self.teacher, target.ndim, self.teacher.head.training))
+        return real(self, network, images, target)
+
+    monkeypatch.setattr(Distillation, "_learnt", watched)
+    module = distilled(schedule="onecycle")
+    assert learnt == [(True, 1, True)] * 2 + [(False, 2, False)] * 2
+    assert [each.scheduler.total_steps for each in module.trainer.lr_scheduler_configs] == [2, 2]  # whole in each half
+
+
 def test_distillation_refuses_patience() -> None:
     with pytest.raises(UserError, match=r"defense\.fit\.patience=3: .* Use defense\.fit\.patience=null"):
         distilled(patience=3)
@@ -412,6 +439,7 @@ def test_rbf_by_hand() -> None:
     codes = module.network.encode(data["image"].flatten(1))
     squares = torch.stack([(codes - centre).square().sum(1) for centre in module.network.centres], dim=1)
     torch.testing.assert_close(module(data["image"]), -squares)
+    torch.testing.assert_close(module.distance(data["image"]), squares.amin(dim=1))
     losses = [
         squares[i, y] + sum(F.softplus(4.0 - squares[i, k]) for k in range(3) if k != y)
         for i, y in enumerate(data["label"].tolist())
@@ -480,6 +508,10 @@ def test_the_bound_is_clopper_pearsons_and_a_tie_is_withheld() -> None:
     module.counts = lambda images, draws: hits  # type: ignore[method-assign]
     low = binomtest(300, 500).proportion_ci(confidence_level=0.98, method="exact").low
     assert float(module.certify(far, torch.tensor([0]))) == pytest.approx(0.3 * float(norm.ppf(low)))
+    for chosen, radius in (([60, 40], 0.3 * float(norm.ppf(0.01 ** (1 / 500)))), ([40, 60], -1.0)):
+        draws = iter([torch.tensor([chosen]), torch.tensor([[500, 0]])])  # the class and its bound: of draws apart
+        module.counts = lambda images, draws_, draws=draws: next(draws)  # type: ignore[method-assign, misc]
+        assert float(module.certify(far, torch.tensor([0]))) == pytest.approx(radius)
 
 
 def test_smoothing_counts_every_draw_and_answers_by_majority() -> None:
@@ -493,6 +525,9 @@ def test_smoothing_counts_every_draw_and_answers_by_majority() -> None:
     assert defended.certify is None
     answer = defended(images(3, side=4))
     assert answer.sum(dim=1).tolist() == pytest.approx([10.0] * 3, abs=1e-4)  # nine votes and a probability
+    answers = defended.logits(images(3, side=4).repeat(4000, 1, 1, 1)).argmax(dim=1)
+    met = (answers == 0).float().view(4000, 3).mean(dim=0)
+    torch.testing.assert_close(met, share, atol=0.03, rtol=0.0)  # attackers meet the noise of the training
 
 
 def test_the_record_carries_the_certified_curve(artifacts: Path, command: Callable[..., Outcome]) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from src import fit
+from src.classifiers.module import Classifier
+from src.data.digits import Digits
 from src.recipe import Recipe
 from src.report.command import CONF
+from tests.conftest import Linear
 
 
 def recipe(warmup: float) -> Recipe:
@@ -76,3 +84,35 @@ def test_decay_rates_of_moments_are_torchs_unless_given(name: str) -> None:
         assert {group["betas"] for group in groups} == {wanted}
     sgd = recipe(0.2).optimizers(nn.Linear(2, 2), steps=4, betas=(0.5, 0.9))["optimizer"]
     assert all("betas" not in group for group in sgd.param_groups), "it has no moments to decay"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_weights_decay_and_neither_biases_nor_batch_norm_nor_what_is_frozen(optimizer: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2).requires_grad_(False))
+    given = recipe(0.2).model_copy(update={"optimizer": optimizer, "weight_decay": 0.1, "schedule": "none"})
+    made = given.optimizers(network)["optimizer"]
+    decays = {id(weight): group["weight_decay"] for group in made.param_groups for weight in group["params"]}
+    assert [decays.get(id(weight)) for weight in network.parameters()] == [0.1, 0, 0, 0, None, None]
+
+
+def test_cosine_falls_from_the_rate_to_none_over_the_steps() -> None:
+    made = recipe(0.2).model_copy(update={"schedule": "cosine"}).optimizers(nn.Linear(2, 2), steps=8)
+    assert rates(made, 8) == pytest.approx([0.25 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
+
+
+def test_the_weights_of_the_best_epoch_are_kept(tmp_path: Path) -> None:
+    class Told(Classifier):
+        """Its weights are the number of the epoch, and the second is the best."""
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.no_grad():
+                self.network.layer.weight.fill_(self.current_epoch)
+            self.log("val_accuracy", (0.5, 0.9, 0.7, 0.8, 0.6)[self.current_epoch])
+
+    module = Told(network=Linear(side=8, classes=10), num_classes=10)
+    given = recipe(0.2).model_copy(update={"epochs": 5, "batch_size": 16, "patience": 2})
+    config = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "enable_progress_bar": False}
+    fit.fit(module, Digits(limit_train=40), given, config=config, folder=tmp_path, seed=0)
+    assert module.trainer.current_epoch == 4  # two epochs that were no better
+    assert (module.network.layer.weight == 1).all()
+    assert (torch.load(tmp_path / "weights.pt", weights_only=True)["network.layer.weight"] == 1).all()

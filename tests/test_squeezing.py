@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from src.defenses.detect.squeezing_detector import SqueezingDetector
 from src.defenses.purify.feature_squeezing import FeatureSqueezing
-from src.defenses.purify.jpeg import JPEG
+from src.defenses.purify.jpeg import JPEG, _cubic
 from src.defenses.purify.squeezers import median_filter, non_local_means, reduce_bits
 from src.errors import UserError
 from tests.conftest import Linear
@@ -125,3 +125,12 @@ def test_jpeg_gradient_is_that_of_its_stand_in() -> None:
     (stand_in,) = torch.autograd.grad((JPEG(quality=30).surrogate(x).flatten(1) * weights).sum(), x)
     torch.testing.assert_close(slope, stand_in)
     assert slope.abs().sum() > 0
+
+
+def test_the_stand_in_of_a_rounding_is_flat_where_a_coefficient_is_rounded_away() -> None:
+    """The cubic: steps of 8 and what is left of one, d, as d³, whose slope is 3 d²."""
+    x = torch.tensor([0.0, 2.0, 8.0, 14.0]).requires_grad_()
+    left = torch.tensor([0.0, 0.25, 0.0, -0.25])
+    seen = _cubic(x, torch.tensor(8.0))
+    torch.testing.assert_close(seen, 8 * (torch.tensor([0.0, 0, 1, 2]) + left**3))
+    torch.testing.assert_close(torch.autograd.grad(seen.sum(), x)[0], 3 * left**2)
