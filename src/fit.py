@@ -196,10 +196,10 @@ def fit(
     if recipe.channels_last:
         module.to(memory_format=torch.channels_last)
     data.configure(batch_size=recipe.batch_size, augment=recipe.augment)
-    best = ModelCheckpoint(
-        dirpath=folder, filename="best", monitor=monitor, mode=mode, save_last=True, enable_version_counter=False
-    )
-    watchers: list[Callback] = [Seeded(seed), Finite(), best]
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+    # Apart: Lightning's own save_last keeps an epoch only where it was the best so far.
+    last = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    watchers: list[Callback] = [Seeded(seed), Finite(), best, last]
     if recipe.patience is not None:
         watchers.append(Patience(monitor, mode=mode, patience=recipe.patience, check_finite=False))
     curves.gather(folder)  # of the tries before, whose file the logger would remove
@@ -261,17 +261,17 @@ def _interruptible() -> Iterator[None]:
 
 
 def _last(folder: Path) -> Path | None:
-    """The checkpoint an interrupted training left, if it can be read."""
-    path = folder / "last.ckpt"
-    if not path.exists():
-        return None
-    try:
-        torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # truncated, not a checkpoint, or a pickle that would run code
-        log.warning("%s: cannot be read (%s); training starts again", path, type(error).__name__)
+    """The checkpoint an interrupted training left, if it can be read: that of the last epoch, else of the best."""
+    left = [path for path in (folder / "last.ckpt", folder / "best.ckpt") if path.exists()]
+    for path in left:
+        try:
+            torch.load(path, weights_only=True, map_location="cpu")
+            return path
+        except Exception as error:  # cut short, not a checkpoint, or a pickle that would run code
+            log.warning("%s: cannot be read (%s); training goes on from an earlier epoch", path, type(error).__name__)
+    if left:
         clear(folder, "*.ckpt", "curves")
-        return None
-    return path
+    return None
 
 
 def evaluate(

@@ -116,7 +116,7 @@ def stage_keys(job: config.Job, artifacts: Path) -> dict[str, str]:
     ids=["chain", "plus", "sweep", "experiment", "trainer", "callback"],
 )
 def test_of_a_run_the_very_model_is_judged(command: Command, words: list[str], tmp_path: Path) -> None:
-    outcome = command(*QUIET, *words, "dataset.root=x", "+plan=true", "paths.artifacts=elsewhere")
+    outcome = command(*QUIET, *words, "paths.data=x", "+plan=true", "paths.artifacts=elsewhere")
     (run,) = outcome.folder.glob("outputs/*/*")
     subject = target.subject_of(str(run), None)
     found, _ = audit.composed([*audit.FIXED, *subject])

@@ -100,9 +100,15 @@ def test_cosine_falls_from_the_rate_to_none_over_the_steps() -> None:
     assert rates(made, 8) == pytest.approx([0.25 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
 
 
-def test_the_weights_of_the_best_epoch_are_kept(tmp_path: Path) -> None:
+def test_the_weights_of_the_best_epoch_are_kept_and_those_of_the_last_to_go_on_from(tmp_path: Path) -> None:
+    last = []
+
     class Told(Classifier):
         """Its weights are the number of the epoch, and the second is the best."""
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch:
+                last.append(torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"])
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             with torch.no_grad():
@@ -114,5 +120,17 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path: Path) -> None:
     config = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "enable_progress_bar": False}
     fit.fit(module, Digits(limit_train=40), given, config=config, folder=tmp_path, seed=0)
     assert module.trainer.current_epoch == 4  # two epochs that were no better
+    assert last == [0, 1, 2]
     assert (module.network.layer.weight == 1).all()
     assert (torch.load(tmp_path / "weights.pt", weights_only=True)["network.layer.weight"] == 1).all()
+
+
+def test_a_damaged_checkpoint_costs_epochs_and_not_the_training(tmp_path: Path) -> None:
+    best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
+    assert fit._last(tmp_path) is None
+    torch.save({"epoch": 3}, best)
+    last.write_bytes(best.read_bytes()[:100])
+    assert fit._last(tmp_path) == best
+    best.write_bytes(b"")
+    assert fit._last(tmp_path) is None
+    assert not best.exists()
