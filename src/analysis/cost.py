@@ -59,7 +59,13 @@ def cost_scatter(cells: Sequence[Record], path: Path) -> Path | None:
                 face = color if r.access == "white_box" else "none"
                 x, y = r.defense_ms_per_image or math.nan, 100 * (r.robust_accuracy or 0.0)
                 known = marker if r.defense_memory_mib or not sizes else "x"
-                axis.plot([x], [y], known, color=color, markerfacecolor=face, markersize=_size(r, sizes), alpha=0.85)
+                look: dict[str, Any] = {
+                    "color": color,
+                    "markerfacecolor": face,
+                    "markersize": _size(r, sizes),
+                    "alpha": 0.85,
+                }
+                axis.plot([x], [y], known, clip_on=False, **look)  # whole, also at 0 and at 100
                 low, high = r.interval("robust_accuracy") or (math.nan, math.nan)
                 axis.vlines(x, 100 * low, 100 * high, color=color, linewidth=0.8, alpha=0.85)
             handles.append(Line2D([], [], color=color, marker=marker, linestyle="none", label=defense))
