@@ -58,7 +58,7 @@ def verdicts(record: Record, path: Path | None) -> Verdicts | None:
         return None
     label, said, names = found["label"], found["prediction"], found["class_names"]
     right, held = found["clean_prediction"] == label, said == label
-    if len(names) and str(names[-1]) == "rejected":
+    if record.clean_rejected is not None:  # it rejects; a class of the data may have that name as well
         held = withstood(right, held, said == len(names) - 1)
     sound = len(label) == record.n and int(held.sum()) == record.correct_attacked
     return Verdicts(right, held) if sound else None

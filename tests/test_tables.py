@@ -30,7 +30,7 @@ def verdicts(record: Record, folder: Path, said: Any, *, rejects: bool = False, 
     changes = {
         "n": len(said), "correct_attacked": int(held.sum()), "robust_accuracy": float(held.mean()),
         "robust_accuracy_low": low, "robust_accuracy_high": high,
-    }  # fmt: skip
+    } | ({"clean_rejected": float((before == 2).mean())} if rejects else {})  # fmt: skip
     record = record.model_copy(update=changes)
     arrays = {"label": label, "prediction": answers, "clean_prediction": before, "class_names": np.array(names)}
     store.save_sidecar(folder / "records" / f"{record.key}.npz", arrays)
@@ -57,6 +57,17 @@ def test_a_rejected_image_has_held_unless_its_clean_version_was_rejected(tmp_pat
     (row,) = worst_cases(cells, sidecars.find([tmp_path]))
     assert row.correct_attacked == 1
     assert row.attack_success_rate == 1 / 2, "of the two that were right before"
+
+
+def test_a_class_of_the_data_may_be_called_rejected(tmp_path: Path) -> None:
+    """Of loans, say: such an answer is a wrong one like any other."""
+    cells = both(tmp_path, [2, 0, 0], [0, 1, 0])
+    for path in sidecars.find([tmp_path]).values():
+        with np.load(path) as arrays:
+            renamed = {**arrays, "class_names": np.array(["0", "1", "rejected"])}
+        store.save_sidecar(path, renamed)
+    (row,) = worst_cases(cells, sidecars.find([tmp_path]))
+    assert (row.status, row.correct_attacked) == ("done", 1)
 
 
 @pytest.mark.parametrize("what", ["missing", "damaged", "of another record"])
