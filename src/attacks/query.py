@@ -94,7 +94,7 @@ class Query:
     def verdict(self, x: Tensor, *, clean: bool = False) -> Tensor:
         """Logits in float32, checked; those of the clean images are kept for :meth:`clean`."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.model(x)
+            logits = self._layouts.ask(self.model, x)
         self._count(self.forward_passes, len(x))
         if logits.ndim != 2 or len(logits) != len(x):
             raise UserError(
