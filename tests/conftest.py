@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
+
+from tests.own_data import draw
 
 os.environ["WANDB_MODE"] = "offline"  # whatever a test does, nothing leaves this machine
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: threads of several would wait for one another
@@ -117,3 +119,30 @@ def small_network() -> torch.nn.Module:
             torch.nn.Flatten(),
             torch.nn.Linear(32, 5),
         )
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that were drawn, none of them rendered."""
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self))
+    return figures
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for all tests of a process that ask for it: what two of them need is trained once."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """train/ with 12 pictures and test/ with 5 of each of two classes, and a hidden file as in real copies."""
+    root = tmp_path / "pets"
+    for part, count in (("train", 12), ("test", 5)):
+        for number, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                draw(root / part / name / f"{i:02}.png", seed=1000 * number + 100 * (part == "test") + i)
+    (root / ".complete").touch()
+    (root / "train" / "cat" / ".hidden.png").write_bytes(b"no picture")
+    return root

@@ -15,7 +15,7 @@ import pytest
 from src.records import Record
 from src.report import meanings, page
 from src.report.page.charts import specs
-from tests.test_report import cell, failed, pair
+from tests.cells import cell, failed, pair
 
 WHY = "members_left_out"
 

@@ -11,7 +11,7 @@ from scipy.stats import betabinom
 from src.attacks.pgd import PGD
 from src.train import CONF
 from tests.conftest import choices
-from tests.test_harden import HARDEN, LINF, Trained
+from tests.hardening import HARDEN, LINF, Trained
 
 
 def _rebuilding(key: str) -> tuple[str, ...]:
@@ -63,11 +63,6 @@ def _marked(name: str) -> object:
 
 
 ASKED = [_marked(name) for name in choices("defense") if name not in HARDEN and name != "none"]
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("artifacts")
 
 
 @pytest.mark.parametrize("name", ASKED)

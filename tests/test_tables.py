@@ -17,7 +17,7 @@ from src.records import Record
 from src.report import latex, pivot
 from src.report.__main__ import main
 from src.worst import WORST, worst_cases
-from tests.test_report import cell, failed, pair
+from tests.cells import cell, failed, pair
 
 
 def verdicts(record: Record, folder: Path, said: Any, *, rejects: bool = False, clean: Any = None) -> Record:

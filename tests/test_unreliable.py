@@ -14,7 +14,7 @@ from src.analysis import cost, curves, points
 from src.records import Record
 from src.report import comparison, latex, page, pivot
 from src.tracking import relog
-from tests.test_report import cell, pair
+from tests.cells import cell, pair
 from tests.test_tables import verdicts
 
 FLAG = "weaker_access_stronger"

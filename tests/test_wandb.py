@@ -30,8 +30,8 @@ from src.report.command import command as copied
 from src.stages import Stages
 from src.subject import Names
 from src.tracking import CSVTracker, NoTracker, dashboard, relog
+from tests.cells import cell, pair, sidecar
 from tests.conftest import Outcome
-from tests.test_report import cell, pair, sidecar
 from tests.test_tracking import read_run
 
 
