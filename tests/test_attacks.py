@@ -24,7 +24,6 @@ from tests.conftest import Linear, choices
 
 ATTACKS = choices("attack")
 
-
 # Published defaults are for figures; the contract is tested with a tenth of their work.
 LIGHTER = {
     "square": ["attack.queries=200"],
@@ -225,44 +224,6 @@ def test_restarts_never_lose_an_image(small_network: nn.Module) -> None:
     assert bool((many.success | ~one.success).all())
 
 
-class Softmax(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1)[:, :2] * math.nan
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "words"),
-    [
-        (torch.rand(2, 1, 4, 4) + 1, torch.zeros(2, dtype=torch.int64), "expected [0, 1]"),
-        (torch.rand(2, 1, 4, 4).double(), torch.zeros(2, dtype=torch.int64), "float32"),
-        ((torch.rand(2, 1, 4, 4) * 255).to(torch.uint8), torch.zeros(2, dtype=torch.int64), "float32"),
-        (torch.rand(2, 4, 4), torch.zeros(2, dtype=torch.int64), "(B, C, H, W)"),
-        (torch.rand(2, 1, 4, 4), torch.zeros(3, dtype=torch.int64), "labels are"),
-        (torch.rand(2, 1, 4, 4), torch.tensor([0, 9]), "the model has 2 classes"),
-        (torch.rand(2, 1, 4, 4), torch.tensor([0, -1]), "labels go down to -1"),
-        (torch.full((2, 1, 4, 4), math.nan), torch.zeros(2, dtype=torch.int64), "expected [0, 1]"),
-    ],
-)
-def test_wrong_input_is_one_clear_line(images: torch.Tensor, labels: torch.Tensor, words: str, linear: Linear) -> None:
-    with pytest.raises(UserError) as caught:
-        FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1))
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_norm_the_attack_cannot_do(linear: Linear) -> None:
-    with pytest.raises(UserError, match=r"threat\.norm=l0: FGSM cannot do it. Allowed: l2, linf"):
-        FGSM()(linear, torch.rand(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64), ThreatModel(norm="l0", eps=1))
-
-
-def test_model_with_nan_and_target_equal_to_label(linear: Linear) -> None:
-    images, labels = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(UserError, match="NaN"):
-        FGSM()(Softmax(), images, labels, ThreatModel(norm="linf", eps=0.1))
-    with pytest.raises(UserError, match="target equals the label"):
-        FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1, targeted=True), target=labels)
-
-
 BY_GRADIENT = [case for case in dict(CASES).items() if make(case[0]).needs == "gradient"]
 
 
@@ -279,24 +240,6 @@ def test_a_callable_without_gradient_is_one_line_though_its_parameters_have_thei
     images, _ = batch(4)
     with pytest.raises(UserError, match=r"lets no gradient through.*attack=square"):
         make(name)(detached, images, detached(images).argmax(dim=1), ThreatModel(norm=norm, eps=EPS[norm]))
-
-
-@pytest.mark.parametrize(
-    ("target", "targeted", "words"),
-    [
-        (torch.tensor([1, 1]), False, "targeted=True"),
-        (torch.tensor([1, 1], dtype=torch.int32), True, "int32; expected (2,) int64"),
-        (torch.tensor([1]), True, "expected (2,) int64"),
-        (torch.tensor([1, 2]), True, "from 1 to 2, but the model has 2 classes"),
-        (torch.tensor([-1, 1]), True, "from -1 to 1, but the model has 2 classes"),
-    ],
-)
-def test_a_wrong_target_is_one_clear_line(target: torch.Tensor, targeted: bool, words: str, linear: Linear) -> None:
-    images, labels = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(UserError) as caught:
-        FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1, targeted=targeted), target=target)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "norm"), [case for case in CASES if not make(case[0]).minimal])
