@@ -53,7 +53,7 @@ def test_model_with_nan_and_target_equal_to_label(linear: Linear) -> None:
     with pytest.raises(UserError, match="NaN"):
         FGSM()(Broken(), images, labels, ThreatModel(norm="linf", eps=0.1))
     with pytest.raises(UserError, match="target equals the label"):
-        FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1, targeted=True), target=labels)
+        FGSM()(linear, images, labels, ThreatModel(norm="linf", eps=0.1, targeted=True), target=torch.tensor([1, 0]))
 
 
 @pytest.mark.parametrize(
