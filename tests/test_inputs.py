@@ -10,6 +10,7 @@ from torch import nn
 
 from src.attacks.fgsm import FGSM
 from src.attacks.inputs import targets
+from src.attacks.pgd import PGD
 from src.errors import UserError
 from src.threat import ThreatModel
 from tests.conftest import Linear
@@ -87,3 +88,14 @@ def test_targets_that_nobody_names_are_drawn_among_all_wrong_classes() -> None:
     shifts = ((drawn - labels) % 4).bincount(minlength=4).tolist()
     assert shifts[0] == 0
     assert min(shifts[1:]) > 60  # of 300, a hundred each
+
+
+def test_without_a_budget_the_model_is_asked_for_its_verdict_alone(linear: Linear) -> None:
+    asked: list[int] = []
+    linear.register_forward_hook(lambda *_: asked.append(1))
+    images, threat = torch.rand(3, 1, 4, 4), ThreatModel(norm="linf", eps=0)
+    attack, generator = PGD(steps=3), torch.Generator().manual_seed(0)
+    labels = linear(images).argmax(dim=1)
+    assert torch.equal(attack(linear, images, labels, threat, generator=generator).images, images)
+    assert torch.equal(attack.perturb(linear, images, labels, threat, generator=generator), images)
+    assert len(asked) == 2  # the first is that for the labels

@@ -56,3 +56,16 @@ def test_where_pixels_are_rounded_it_is_pushed_on_further(linear: Linear) -> Non
     made = Short(0.2)(linear, images, labels, ThreatModel(norm="l2", eps=torch.inf, quantize=True))
     assert made.success.all()
     assert torch.equal((made.images * 255).round() / 255, made.images)
+
+
+@pytest.mark.parametrize(("beyond", "kept"), [(0.5, True), (1.5, False)])
+def test_what_is_beyond_the_budget_by_more_than_float_rounding_is_undone(
+    beyond: float, kept: bool, linear: Linear
+) -> None:
+    images = torch.full((1, 1, 4, 4), 0.5)
+    labels = linear(images).argmax(dim=1)
+    far = float(Short(-0.01)(linear, images, labels, ThreatModel(norm="l2", eps=torch.inf)).distance)
+    threat = ThreatModel(norm="l2", eps=far - beyond * ThreatModel(norm="l2", eps=far).slack)
+    made = Short(-0.01)(linear, images, labels, threat)
+    assert bool(made.success) is kept
+    assert float(made.distance) == (pytest.approx(far) if kept else 0)
