@@ -206,3 +206,19 @@ def test_images_of_any_shape(norm: Norm, eps: float, height: int, width: int) ->
 
     attacked = Square(queries=25)(model, images, model(images).argmax(dim=1), ThreatModel(norm=norm, eps=eps))
     assert attacked.images.shape == images.shape
+
+
+def test_to_the_last_query_a_hit_gives_way_to_a_hit_of_larger_loss_alone() -> None:
+    hit, surer = [1.0, 1.1, -10.0], [1.0, 1.5, -10.0]
+    vague = [0.0, -0.01, -0.01]  # of a larger cross-entropy than both, and yet right
+    script, seen = [[9.0, 0.0, 0.0], vague, hit, vague, surer, hit], []
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.clone())
+        return torch.tensor([script[len(seen) - 1] if len(seen) <= len(script) else surer])
+
+    images, labels = torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, dtype=torch.int64)
+    threat = ThreatModel(norm="linf", eps=0.1, exhaust=True)
+    attacked = Square(queries=5, loss="ce")(model, images, labels, threat)
+    assert len(seen) == len(script) + 1
+    assert torch.equal(attacked.images, seen[4])
