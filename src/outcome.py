@@ -129,7 +129,12 @@ def to_sidecar(
         "purified": defended.purified(after),
         "picture_label": clean["label"][chosen],
         **{f"picture_{of}prediction": classes_said for of, classes_said in said.items()},
-        **{f"picture_{of}confidence": _shares(*models[of], classes_said) for of, classes_said in said.items()},
+        # Another draw's share would be none of the answer that was counted.
+        **{
+            f"picture_{of}confidence": _shares(*models[of], classes_said)
+            for of, classes_said in said.items()
+            if of == "bare_" or not defended.stochastic
+        },
     }
     verdicts = {
         "index": clean["index"],

@@ -90,23 +90,24 @@ def test_pictures_of_a_defense_that_purifies_nothing(tmp_path: Path, channels: i
     assert is_drawn(path)
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("of", [("clean_", "", "bare_"), ("bare_",), ()])
 def test_pictures_say_how_sure_the_model_is_where_it_is_known(
-    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
     record = cell(targeted=True)
     sidecar(record, tmp_path)
-    if known:
-        with np.load(tmp_path / f"{record.key}.npz") as file:
-            arrays = dict(file)
-        shares = dict.fromkeys((f"picture_{of}confidence" for of in ("clean_", "", "bare_")), np.full(4, 0.731))
-        store.save_sidecar(tmp_path / f"{record.key}.npz", arrays | shares)
+    with np.load(tmp_path / f"{record.key}.npz") as file:
+        arrays = dict(file)
+    shares = dict.fromkeys((f"picture_{name}confidence" for name in of), np.full(4, 0.731))
+    store.save_sidecar(tmp_path / f"{record.key}.npz", arrays | shares)
     pictures.picture_grid([record], tmp_path, tmp_path / "p.png")
     texts = [" ".join(text.get_text().split()) for text in drawn[0].axes[0].texts]
+    known, random = len(of) == 3, of == ("bare_",)
     assert ("a ✓ 73 %" in texts) == known
     assert ("a ✓" in texts) != known
+    assert ("shown in another draw than was judged" in texts[-1]) == random
     assert "n = 4 of 100 images" in texts[-1]
     assert "pgd (targeted), linf, ε = 0.1, gray_box" in texts[-1]
 

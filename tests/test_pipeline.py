@@ -77,6 +77,9 @@ def test_twice_from_scratch_gives_identical_records(command: Command, tmp_path: 
     one, two = ([figures(r) for r in records.find([tmp_path / place])] for place in ("one", "two"))
     assert len(one) == 2
     assert one == two
+    for path in (tmp_path / "one").rglob("*.npz"):
+        with np.load(path) as arrays:  # of a random defense another draw is as sure of another answer
+            assert "picture_confidence" not in arrays
 
 
 def test_a_sweep_trains_each_classifier_once_and_tabulates_failures(command: Command) -> None:

@@ -78,16 +78,25 @@ def _caption(blocks: Sequence[tuple[Record, Mapping[str, Any]]]) -> str:
     shown = max(len(arrays["clean"]) for _, arrays in blocks)
     aim = "targeted" if first.targeted else "untargeted"
     accesses = ", ".join(record.access for record, _ in blocks)
-    sure = " and its softmax share" if all(name in arrays for _, arrays in blocks for name in _CONFIDENCES) else ""
+    sure = " and its softmax share" if all(_sure(arrays) for _, arrays in blocks) else ""
+    random = any(
+        _CONFIDENCES[-1] in arrays and not _sure(arrays) and "purified" in _rows(arrays) for _, arrays in blocks
+    )
+    beside = " The defense is random: what it purifies is shown in another draw than was judged." if random else ""
     return (
         f"n = {shown} of {first.n:,} images, the first that were right. Threat model: {first.attack} ({aim}), "
         f"{first.norm}, ε = {format_eps(first.eps)}, {accesses}. Over an image: the label predicted{sure}; ✓ right "
-        "(blue), ✗ wrong (orange), rejected by a detector (grey)."
+        f"(blue), ✗ wrong (orange), rejected by a detector (grey).{beside}"
     )
 
 
+def _sure(arrays: Mapping[str, Any]) -> bool:
+    """Whether all shares are known: old files have none, those of a random defense only the bare classifier's."""
+    return all(name in arrays for name in _CONFIDENCES)
+
+
 def _height(row: str, arrays: Mapping[str, Any]) -> float:
-    text = 2 * _TEXT - 0.04 if _CONFIDENCES[0] in arrays else _TEXT
+    text = 2 * _TEXT - 0.04 if _sure(arrays) else _TEXT
     return _PITCH + (0.0 if row == "change" else text)
 
 
@@ -127,8 +136,9 @@ def _block(sheet: Any, top: float, record: Record, arrays: Mapping[str, Any]) ->
                 if name == "rejected":  # neither right nor wrong
                     mark, color = "", REJECTED
                 middle, above = left + _SIDE / 2, top + _SIDE + 0.03
-                sure = arrays.get(f"picture_{said_by}confidence")
-                share = "" if sure is None else f"\n{100 * float(sure[column]):.0f} %"
+                share = (
+                    f"\n{100 * float(arrays[f'picture_{said_by}confidence'][column]):.0f} %" if _sure(arrays) else ""
+                )
                 look: dict[str, Any] = {"fontsize": _FONT, "color": color, "ha": "center", "linespacing": 1.0}
                 sheet.text(middle, above, f"{name}{mark}{share}", va="bottom" if share else "baseline", **look)
     return top
