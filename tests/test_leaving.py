@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def swallowed(*_: Any) -> None:
         raise ValueError("Invalid affine transformation matrix") from None
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Heard: a script starts what it puts into the background with Ctrl-C ignored, the tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("where", ["src.retry.settings", "src.job._measure", "src.callbacks.results_table.gather"])
 def test_ctrl_c_is_one_whatever_a_library_makes_of_it(
     command: Command, monkeypatch: pytest.MonkeyPatch, where: str
