@@ -1,4 +1,4 @@
-"""Every attack of conf/attack, found by itself: invariants, closed forms, wrong input."""
+"""Every attack of conf/attack, found by itself: invariants and closed forms."""
 
 from __future__ import annotations
 

@@ -92,10 +92,8 @@ def test_pictures_of_a_defense_that_purifies_nothing(tmp_path: Path, channels: i
 
 @pytest.mark.parametrize("of", [("clean_", "", "bare_"), ("bare_",), ()])
 def test_pictures_say_how_sure_the_model_is_where_it_is_known(
-    of: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of: tuple[str, ...], tmp_path: Path, drawn: list[Any]
 ) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
     record = cell(targeted=True)
     sidecar(record, tmp_path)
     with np.load(tmp_path / f"{record.key}.npz") as file:

@@ -1,4 +1,4 @@
-"""The data layer: what is read, how it is divided and dealt out, and what wrong input says."""
+"""The data layer: what is read, how it is divided, and what wrong data says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defenses that are a new classifier: what each learns from, what it holds, what it proves."""
+"""Every defense that is a new classifier, found by itself, trained on the digits."""
 
 from __future__ import annotations
 
