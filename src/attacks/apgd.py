@@ -76,7 +76,8 @@ class APGD(Attack):
 
     Args:
         steps: gradient steps of one start.
-        restarts: starts per image (and per target class); each goes only to the images that still hold.
+        restarts: starts per image (and per target class); each goes only to the images that still hold. Where these are
+            few, as many starts of each as the batch has room for run at once.
         loss: ``ce`` cross-entropy; ``dlr`` difference of logits ratio; ``dlr_targeted`` the ratio towards one other
             class after another, the most likely of the clean image first. A targeted threat has its one class, and
             ``dlr`` is the targeted ratio there: the other is flat where the target's logit is the third largest.
@@ -120,16 +121,20 @@ class APGD(Attack):
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         result, todo = x.clone(), torch.arange(len(x), device=x.device)
         largest = torch.full((len(x),), -torch.inf, device=x.device)
-        for other in self._others(model, x, y, threat):
-            for _ in range(self.restarts):
-                rival = None if other is None else other[todo]
-                images, loss, done = self._start(model.of(todo), x[todo], y[todo], rival, threat, generator)
-                better = done | (loss > largest[todo])
-                result[todo] = torch.where(better.view(-1, 1, 1, 1), images, result[todo])
-                largest[todo] = torch.where(better, loss, largest[todo])
-                todo = todo[~done]
-                if not len(todo):
-                    return result
+        starts = [other for other in self._others(model, x, y, threat) for _ in range(self.restarts)]
+        while starts and len(todo):
+            count = max(1, model.batch // len(todo))  # where few images are left, several starts of each fill the batch
+            together, starts = starts[:count], starts[count:]
+            rows = todo.repeat(len(together))
+            other = None if together[0] is None else torch.cat([each[todo] for each in together if each is not None])
+            images, loss, done = self._start(model.of(rows), x[rows], y[rows], other, threat, generator)
+            turned = torch.zeros_like(todo, dtype=torch.bool)
+            for made, value, hit in zip(*(torch.split(part, len(todo)) for part in (images, loss, done)), strict=True):
+                better = (hit & ~turned) | ((hit == turned) & (value > largest[todo]))
+                result[todo] = torch.where(_image(better), made, result[todo])
+                largest[todo] = torch.where(better, value, largest[todo])
+                turned |= hit
+            todo = todo[~turned]
         return result
 
     def _others(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel) -> list[Tensor | None]:
@@ -143,7 +148,7 @@ class APGD(Attack):
     def _start(
         self, model: Query, x: Tensor, y: Tensor, other: Tensor | None, threat: ThreatModel, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One start: images, their loss, and whether each has met the goal."""
+        """A start for each row: images, their loss, and whether each has met the goal."""
         if threat.norm is not Norm.L1 or not self.enlarge:
             return self._climb(model, x, y, other, _drawn(x, threat, generator), threat, self.steps)
         start, steps = x + torch.randn(x.shape, generator=generator).to(x.device), math.ceil(0.3 * self.steps)
@@ -166,7 +171,10 @@ class APGD(Attack):
         *,
         enlarged: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ascend from ``start``; ``enlarged``: return the images of the largest loss, turned or not."""
+        """Ascend from ``start`` until one of an image's starts turns it.
+
+        ``enlarged``: return the images of the largest loss, turned or not.
+        """
         result, value = start.clone(), torch.full((len(x),), -torch.inf, device=x.device)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         at = self._begin(x, y, other, start, threat)
@@ -189,7 +197,7 @@ class APGD(Attack):
                     value[at.rows] = torch.where(better, at.loss, value[at.rows])
                     done[at.rows] |= hit
                 if any_hit and not threat.exhaust:
-                    at.keep(~hit)
+                    at.keep(~torch.isin(left.rows, left.rows[hit.cpu()]).to(hit.device))  # with its other starts
                     if not len(at.rows):
                         return result, value, done
                     left = model.of(at.rows)

@@ -28,7 +28,7 @@ from src.threat import Norm, ThreatModel
 Model = Callable[[Tensor], Tensor]
 
 TINY = 1e-12
-COARSE = 2**-6  # of the largest logit: what a bfloat16 pass may be wrong by
+COARSE = 2**-8  # of the largest logit: the last digit of a bfloat16 number
 PUSHES = (1e-4, 1e-3, 0.01, 0.02, 0.04, 0.08, 0.16)  # shares by which what fell back is pushed on
 ROUNDED = (0.3, 0.6, 1.0, 2.0, 4.0)  # and further, where rounding to 8 bits swallows small changes
 
@@ -157,12 +157,13 @@ class Attack(ABC):
         """Images made of ``clean``, and the model's logits for each, in float32."""
         made, logits = self._searched(model, clean, y, threat, generator)
         if model.search is not torch.float32:
-            # An attack stops at what the coarser search takes for turned: there, or nearly there, it goes again.
+            # An attack stops at what the coarser search takes for turned: there, or as good as there, it goes again.
             missed = (~fooled(logits, y, threat)).nonzero().flatten()
             if len(missed):
                 with torch.no_grad():
                     coarse = model.of(missed)(made[missed])
-                doubtful = missed[lead(coarse, y[missed], threat) > -COARSE * coarse.abs().amax(dim=1)]
+                ahead = torch.maximum(*(lead(answer, y[missed], threat) for answer in (coarse, logits[missed])))
+                doubtful = missed[ahead > -COARSE * coarse.abs().amax(dim=1)]
                 if len(doubtful):
                     exact = model.of(doubtful, torch.float32)
                     again = self._searched(exact, clean[doubtful], y[doubtful], threat, generator)

@@ -116,11 +116,24 @@ class FAB(Attack):
             view, clean, goal = model.of(todo), x[todo], y[todo]
             boundary = self._boundary(view, current, goal, None if toward is None else toward[todo], threat.norm)
             current = self._closer(clean, current, boundary.gap, boundary.slope, threat.norm)
-            with torch.no_grad():
-                hit = fooled(model.of(todo, torch.float32)(current), goal, threat)
-            nearest.offer(todo, current, threat.distance(clean, current), hit)
+            distance = threat.distance(clean, current)
+            worth = distance < nearest.distance[todo]
+            if self.stop_at_eps:
+                worth &= distance <= threat.eps + threat.slack
+            hit = self._hits(view, current, goal, worth, threat)
+            nearest.offer(todo, current, distance, hit)
             back = clean + self.beta * (current - clean)
             current = torch.where(hit.view(-1, 1, 1, 1), back, current)
+
+    @staticmethod
+    @torch.no_grad()
+    def _hits(model: Query, images: Tensor, y: Tensor, worth: Tensor, threat: ThreatModel) -> Tensor:
+        """Which images are adversarial ``(B,)``: in float32 those worth keeping, to turn back the search's will do."""
+        hit, exact = torch.empty_like(worth), worth | (model.search is torch.float32)
+        for asked, search in ((exact, torch.float32), (~exact, model.search)):
+            if bool(asked.any()):
+                hit[asked] = fooled(model.of(asked, search)(images[asked]), y[asked], threat)
+        return hit
 
     def _boundary(self, model: Query, current: Tensor, y: Tensor, toward: Tensor | None, norm: Norm) -> Boundary:
         if toward is None:  # y is the target; away from the best of the others

@@ -44,7 +44,10 @@ class Query:
         self._layouts = _Layouts()
 
     def of(self, rows: Tensor, search: torch.dtype | None = None) -> Query:
-        """A view for some of this view's images (positions or a mask), counting into the same place."""
+        """A view for some of this view's images (positions or a mask), counting into the same place.
+
+        A position may be given several times, for versions of an image that are searched for side by side.
+        """
         view = Query.__new__(Query)
         view.model, view.search = self.model, search or self.search
         view.forward_passes, view.backward_passes = self.forward_passes, self.backward_passes
@@ -52,10 +55,17 @@ class Query:
         view._layouts = self._layouts
         view.rejects, view.goal, view.targeted = self.rejects, self.goal, self.targeted
         rows = rows.cpu()
-        view._rows = self._all()[rows]
+        view._rows = self.rows[rows]
         return view
 
-    def _all(self) -> Tensor:
+    @property
+    def batch(self) -> int:
+        """Images of the whole batch under attack: as many as one pass may hold, however few this view is of."""
+        return len(self.forward_passes)
+
+    @property
+    def rows(self) -> Tensor:
+        """Which of them this view is of, ``(R,)`` on the CPU; one may be there several times."""
         return torch.arange(len(self.forward_passes)) if self._rows is None else self._rows
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -133,7 +143,7 @@ class Query:
 
     def share(self, forward: int, backward: int) -> None:
         """Count passes made past this view, as evenly over its images as whole numbers allow."""
-        rows = self._all()
+        rows = self.rows
         for counts, asked in ((self.forward_passes, forward), (self.backward_passes, backward)):
             if len(rows):
                 counts[rows] += asked // len(rows) + (torch.arange(len(rows)) < asked % len(rows))
@@ -150,7 +160,7 @@ class Query:
         if self._rows is None:
             counts += asked // images
         else:
-            counts[self._rows] += asked // images
+            counts.index_add_(0, self._rows, torch.full_like(self._rows, asked // images))
 
 
 class _Layouts:
