@@ -33,8 +33,8 @@ the verdict in float32; the peers have no such setting and are in float32 throug
 given beside its defaults stands under "ours is". C&W of the peers takes 100 steps with each of 9 values of c
 (torchattacks: with its only one); ours takes as many as gave a median no larger than theirs on validation images.
 
-Where FGSM, PGD, AutoAttack and one_pixel miss a goal, the network's own pace is near: in bfloat16 a pass through cnn6
-is 2.2 to 2.7 times as fast here, forward alone and with the gradient (batches of 33 and 64), and an attack of as many
+Where FGSM, AutoAttack and one_pixel miss a goal, the network's own pace is near: in bfloat16 a pass through cnn6 is
+1.9 to 2.7 times as fast here, forward alone and with the gradient (batches of 12 to 64), and an attack of as many
 passes as its peer, such as the members of AutoAttack, wins no more than that. FGSM makes three passes, of which two
 are verdicts in float32; one_pixel's candidates cost a forward pass each in any library."""
 SUBJECTS = LENET, CNN6, ROBUST = ("lenet", "cnn6", "robust cnn6")
