@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from src.attacks.base import Attack
 from src.attacks.fab import FAB
+from src.attacks.pgd import PGD
 from src.attacks.query import Query
+from src.attacks.square import Square
+from src.attacks.worst_case import WorstCase
 from src.threat import Norm, ThreatModel
 
 
@@ -73,3 +76,19 @@ def test_fab_asks_float32_for_what_it_may_keep(stop_at_eps: bool, eps: float) ->
         assert 1 <= spent < 10  # what is farther than the nearest so far is not worth it
     if attacked.success.all():
         assert float(attacked.distance) == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_square_searches_in_float32_alone_and_beside_others(together: bool) -> None:
+    """What a small square gains is less than bfloat16 can tell."""
+    model, black, label = Answers(0.5, 0.5), torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64)
+    square, threat = Square(queries=20), ThreatModel(norm="linf", eps=0.1)
+    members = {"pgd": PGD(steps=5), "square": square}
+    attack: Attack = WorstCase(members=members) if together else square
+    attack(model, black, label, threat, search=torch.bfloat16)
+    searched = model.asked[1:]
+    assert searched.count(torch.bfloat16) == (7 if together else 0)  # five steps, the end, and the end once more
+    assert searched.count(torch.float32) >= 10
+    del model.asked[:]
+    square.perturb(model, black, label, threat, generator=torch.Generator().manual_seed(0), search=torch.bfloat16)
+    assert set(model.asked) == {torch.float32}

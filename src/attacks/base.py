@@ -52,6 +52,7 @@ class Attack(ABC):
     Attributes:
         norms: what it can be asked for; anything else is refused.
         needs: what of the model it cannot do without: ``gradient``, ``scores`` (logits) or ``labels`` (their argmax).
+        exact: it compares losses that bfloat16 cannot tell apart, and searches in float32 always.
         minimal: searches the smallest change instead of filling a budget, so that one run answers every eps.
         can_target: whether it has a targeted mode.
         against_rejection: made for models that reject; an ensemble spares others this member.
@@ -61,6 +62,7 @@ class Attack(ABC):
     needs: ClassVar[Literal["gradient", "scores", "labels"]] = "gradient"
     minimal: ClassVar[bool] = False
     can_target: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
     against_rejection: ClassVar[bool] = False
 
     @final
@@ -86,8 +88,8 @@ class Attack(ABC):
             generator: CPU generator of all the attack's randomness; the same generator state gives the same images.
             target: wanted classes ``(B,)`` of a targeted attack; drawn among the wrong classes when absent.
             search: precision of the model inside the search (autocast); bfloat16 is faster where the machine has it.
-                Verdicts are in float32 whatever stands here, and images that only bfloat16 takes for turned are
-                searched again in float32.
+                Verdicts are in float32 whatever stands here, and so are attacks that are ``exact``; images that only
+                bfloat16 takes for turned are searched again in float32.
 
         Raises:
             UserError: a norm or mode the attack does not have, images outside [0, 1], labels or targets that make no
@@ -146,7 +148,7 @@ class Attack(ABC):
         if threat.eps == 0:
             return images
         with torch.inference_mode(False), torch.enable_grad(), _untouched(model, images.device, generator):
-            query = Query(model, len(images), images.device, search)
+            query = Query(model, len(images), images.device, torch.float32 if self.exact else search)
             query.goal = labels
             images = images.detach().clone()
             return self.run(query, images, labels, threat, generator=generator).detach().to(images.dtype)
@@ -155,6 +157,8 @@ class Attack(ABC):
         self, model: Query, clean: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Images made of ``clean``, and the model's logits for each, in float32."""
+        if self.exact:
+            model = model.of(torch.arange(len(clean)), torch.float32)
         made, logits = self._searched(model, clean, y, threat, generator)
         if model.search is not torch.float32:
             # An attack stops at what the coarser search takes for turned: there, or as good as there, it goes again.

@@ -41,7 +41,8 @@ class Square(Attack):
     Where ours departs from the papers' code: every image has squares of its own, not one for the whole batch, and they
     may touch the last row and column; a turned image leaves the batch (``threat.exhaust`` keeps it in); a linf proposal
     that changes no pixel is not shown to the model, since the answer is known, but counts against ``queries``; images
-    need not be square, nor five pixels wide.
+    need not be square, nor five pixels wide. It searches in float32 in any case: what a small square gains is less than
+    bfloat16 can tell, and a loss that is too high by chance bars the way to all that follow.
 
     Example::
 
@@ -50,6 +51,7 @@ class Square(Attack):
 
     norms = frozenset({Norm.LINF, Norm.L2, Norm.L1})
     needs = "scores"
+    exact = True
 
     def __init__(
         self,
