@@ -39,7 +39,8 @@ Where FGSM, AutoAttack and one_pixel miss a goal, the network's own pace is near
 passes as its peer, such as the members of AutoAttack, wins no more than that. FGSM makes three passes, of which two
 are verdicts in float32; one_pixel's candidates cost a forward pass each in any library; Square, half of AutoAttack's
 time, compares losses that bfloat16 cannot tell apart (of 40 images 0.700 held out against it there, 0.600 against the
-reference), and wins in float32 by the layout of its images alone."""
+reference), and wins in float32 by the layout of its images alone. AutoAttack's row on robust
+cnn6 is from before Square left bfloat16, with the same robust accuracy; it will be slower now."""
 SUBJECTS = LENET, CNN6, ROBUST = ("lenet", "cnn6", "robust cnn6")
 
 
