@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from src.attacks.apgd import APGD, dlr_pair
+from src.attacks.apgd import APGD
 from src.attacks.base import Attack, Attacked
-from src.attacks.gradients import cross_entropy, dlr, gradient
+from src.attacks.gradients import cross_entropy, dlr, dlr_pair, gradient
 from src.attacks.pgd import PGD
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel

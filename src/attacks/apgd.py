@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from src.attacks.base import Attack, fooled
-from src.attacks.gradients import LOSSES, Loss, gradient, steepest
+from src.attacks.gradients import LOSSES, Loss, dlr_pair, gradient, steepest
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
@@ -21,19 +21,6 @@ WINDOW, SHORTER, SHORTEST, WINDOW_L1 = 0.22, 0.03, 0.06, 0.04
 INERTIA = 0.25  # share of the previous move in the next one
 FIRST_SHARE = 0.2  # l1: share of the values that the first steps move
 ENLARGED = (3, 2)  # l1: radii, in eps, of the balls that the search begins in
-
-
-def dlr_pair(logits: Tensor, y: Tensor, *, other: Tensor) -> Tensor:
-    """The logit of ``other`` minus that of ``y``, over the spread of the largest logits, per image.
-
-    Eq. 7 of the 2020 paper asks for four classes; with fewer the difference stands alone, since a ratio would be flat.
-    """
-    pair = logits.gather(1, torch.stack([other, y], dim=1))
-    difference = pair[:, 0] - pair[:, 1]
-    if logits.shape[1] < 4:
-        return difference
-    top = logits.topk(4, dim=1).values
-    return difference / (top[:, 0] - top[:, 2:].mean(dim=1) + 1e-12)
 
 
 @dataclass

@@ -41,6 +41,20 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
+def dlr_pair(logits: Tensor, y: Tensor, *, other: Tensor) -> Tensor:
+    """The logit of ``other`` minus that of ``y``, over the spread of the largest logits, per image.
+
+    Paper: that of :func:`dlr`, eq. 7. It asks for four classes; with fewer the difference stands alone, since a ratio
+    would be flat.
+    """
+    pair = logits.gather(1, torch.stack([other, y], dim=1))
+    difference = pair[:, 0] - pair[:, 1]
+    if logits.shape[1] < 4:
+        return difference
+    top = logits.topk(4, dim=1).values
+    return difference / (top[:, 0] - top[:, 2:].mean(dim=1) + 1e-12)
+
+
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
 
 

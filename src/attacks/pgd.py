@@ -9,9 +9,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from src.attacks.apgd import dlr_pair
 from src.attacks.base import Attack, fooled
-from src.attacks.gradients import LOSSES, dlr, gradient, steepest
+from src.attacks.gradients import LOSSES, dlr, dlr_pair, gradient, steepest
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
