@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.attacks.base import Attack
-from src.attacks.gradients import gradient
 from src.attacks.pgd import PGD
 from src.attacks.square import Square
 from src.attacks.worst_case import WorstCase
@@ -28,7 +27,6 @@ from src.checks.look import Look
 from src.classifiers.module import Classifier
 from src.config import Job, Limit, Paths, ThreatConfig
 from src.data.augment import to_float
-from src.data.base import DataSpec, Split
 from src.data.digits import Digits
 from src.defenses.base import Detector
 from src.defenses.guarded import DefendedModel
@@ -37,155 +35,10 @@ from src.records import Record, wilson
 from src.stages import Stages
 from src.subject import Names, Subject
 from src.threat import Access, Norm, ThreatModel
+from tests import faulty
 
 LINF = ThreatModel(norm=Norm.LINF, eps=0.15)
 STRONG = PGD(steps=20)
-
-
-class Net(nn.Module):
-    """A small network whose parts the faults replace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(64, 128), nn.Linear(128, 10)
-
-    def activation(self, x: Tensor) -> Tensor:
-        return x.relu()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.activation(self.first(x.flatten(1) - 0.3)))
-
-
-class Quantised(Net):
-    """Activations on a grid: no gradient gets through."""
-
-    def activation(self, x: Tensor) -> Tensor:
-        return (x.relu() * 8).round() / 8 + 0 * x
-
-
-class StraightThrough(Net):
-    """As quantised, behind a gradient that is not its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + ((x * 2).round() / 2 - x).detach())
-
-
-class Detached(Net):
-    """A purifier that forgets its gradient but for a trace."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        smooth = F.avg_pool2d(x, 3, stride=1, padding=1)
-        return super().forward(0.01 * x + (x + 0.2 * (smooth - x) - 0.01 * x).detach())
-
-
-class Saturated(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return 1e3 * super().forward(x)
-
-
-class Probabilities(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).softmax(dim=1)
-
-
-class Random(Net):
-    """Noise on the way that nobody declares."""
-
-    noise = 0.3
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + self.noise * torch.randn_like(x))
-
-
-class LessRandom(Random):
-    noise = 0.12
-
-
-class Neighbours(Net):
-    """Statistics over the batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - x.mean(dim=0) + 0.3)
-
-
-class Offset(Net):
-    """Logits around ten thousand, where bfloat16 tells only steps of 64 apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.offset = nn.Linear(10, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(super().forward(x), torch.eye(10), torch.full((10,), 10_000.0))
-
-
-class NotANumber(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward((x**2).sqrt())  # at 0 the gradient is 0 times infinity
-
-
-class OneMean(Net):
-    """The gradient is the same at all pixels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.detach() + (x - x.detach()).mean(dim=(1, 2, 3), keepdim=True))
-
-
-class Reversed(Attack):
-    """PGD with the sign of its step reversed."""
-
-    norms = frozenset({Norm.LINF})
-    steps = 20
-
-    def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
-        now = x
-        for _ in range(self.steps):
-            _, slope = gradient(model, now, y, threat)
-            now = threat.project(x, now - threat.radius(x) / 8 * slope.sign())
-        return now
-
-
-class Guess(Attack):
-    """Corners of the ball drawn at random, one a restart."""
-
-    norms = frozenset({Norm.LINF})
-    needs = "labels"
-    restarts = 2
-
-    def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
-        best = x
-        with torch.no_grad():
-            for _ in range(self.restarts):
-                sign = (torch.rand(x.shape, generator=generator) - 0.5).sign()
-                made = threat.project(x, x + threat.eps * sign)
-                turned = (model(made).argmax(dim=1) != y).view(-1, 1, 1, 1)
-                best = torch.where(turned, made, best)
-        return best
-
-
-class Shrinking(Attack):
-    """One step, shorter where the radius is larger."""
-
-    norms = frozenset({Norm.LINF})
-
-    def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
-        _, slope = gradient(model, x, y, threat)
-        return threat.project(x, x + 0.01 / threat.eps * slope.sign())
-
-
-class Leaky(Digits):
-    """A tenth of the test images are trained on."""
-
-    def load(self) -> tuple[DataSpec, Split, Split]:
-        spec, train, test = super().load()
-        some = test.take(slice(0, len(test) // 10))
-        labels = torch.cat([train.labels, some.labels])
-        return spec, Split(images=torch.cat([train.images, some.images]), labels=labels), test  # type: ignore[list-item]
-
-
-class Brightness(Detector):
-    def score(self, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
-        return images.mean(dim=(1, 2, 3))
 
 
 @functools.cache
@@ -200,7 +53,7 @@ def weights(adversarial: bool) -> dict[str, Tensor]:
     """Of a network trained in seconds, on PGD's images where ``adversarial``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net, everything = Net(), digits().train.batch(range(len(digits().train)))
+        net, everything = faulty.Net(), digits().train.batch(range(len(digits().train)))
         optimizer = torch.optim.Adam(net.parameters(), 3e-3)
         images, labels = to_float(everything["image"]), everything["label"]
         generator = torch.Generator().manual_seed(0)
@@ -215,7 +68,7 @@ def weights(adversarial: bool) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-def trained(kind: type[Net] = Net, *, adversarial: bool = True) -> Net:
+def trained(kind: type[faulty.Net] = faulty.Net, *, adversarial: bool = True) -> faulty.Net:
     """A network, sound or faulty, with weights that are sound."""
     net = kind()
     net.load_state_dict(weights(adversarial), strict=False)
@@ -266,7 +119,7 @@ def measured(
     }  # fmt: skip
     job = Job(
         seed=0, eval_batch_size=n, eot_draws=1, search_precision=None, dataset={}, classifier={}, surrogate=None,
-        defense={}, attack={"_target_": attack if "planted" in attack else f"src.attacks.{attack}"} | given,
+        defense={}, attack={"_target_": attack if attack.startswith("tests.") else f"src.attacks.{attack}"} | given,
         threat=ThreatConfig(norm="linf", access=access, targeted=False, quantize=False), trainer=trainer, logger={},
         callbacks={}, limit=Limit(epochs=None, train_images=None, test_images=None), paths=Paths(data="", artifacts=""),
     )  # fmt: skip
@@ -299,15 +152,8 @@ def side_by_side(*cells: Record) -> dict[str, float]:
     return found
 
 
-class Grey(Brightness):
-    """Of few values, so that no threshold rejects a tenth of the images."""
-
-    def score(self, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
-        return (super().score(images, classify) * 10).round()
-
-
 def threshold(
-    kind: type[Detector] = Brightness, *, attacked: bool = False, by_hand: float | None = None
+    kind: type[Detector] = faulty.Brightness, *, attacked: bool = False, by_hand: float | None = None
 ) -> dict[str, float]:
     batch = digits().val.batch(range(len(digits().val)))
     clean = to_float(batch["image"])
@@ -349,44 +195,48 @@ SOUND: dict[str, Fault] = {
     ),
     "Square beside PGD": Fault(lambda: side_by_side(*pgd_and_square(trained()))),
     "threshold of clean images": Fault(threshold),
-    "the same, tied scores": Fault(lambda: threshold(Grey)),
+    "the same, tied scores": Fault(lambda: threshold(faulty.Grey)),
     "the digits": Fault(lambda: leak(digits())),
 }
 
 PLANTED: dict[str, Fault] = {
-    "quantised activations": Fault(lambda: seen(trained(Quantised)), ("gradient_missing", "unbounded_holds")),
-    "NaN gradient": Fault(lambda: seen(trained(NotANumber)), ("gradient_missing",)),
-    "gradient of the mean only": Fault(lambda: seen(trained(OneMean)), ("gradient_missing",)),
-    "purifier detaches, declares exact": Fault(lambda: seen(trained(Detached)), ("gradient_untrue",)),
-    "straight-through, declares exact": Fault(lambda: seen(trained(StraightThrough)), ("gradient_untrue",)),
-    "saturated logits": Fault(lambda: seen(trained(Saturated)), ("logits_saturated",)),
-    "softmax for logits": Fault(lambda: seen(trained(Probabilities)), ("softmax_as_logits",)),
-    "random, undeclared": Fault(lambda: seen(trained(Random)), ("random_without_eot",)),
-    "random, undeclared, Square": Fault(lambda: seen(trained(LessRandom), Square(queries=30)), ("random_without_eot",)),
-    "random, undeclared, gray_box": Fault(lambda: seen(trained(LessRandom), target=trained()), ("redraws_disagree",)),
-    "random, one draw": Fault(lambda: seen(trained(Random), stochastic=True, draws=20), ("redraws_disagree",)),
-    "statistics over the batch": Fault(lambda: seen(trained(Neighbours)), ("batch_changes_verdict",)),
-    "logits around 10,000": Fault(lambda: seen(trained(Offset)), ("bf16_changes_verdict",)),
+    "quantised activations": Fault(lambda: seen(trained(faulty.Quantised)), ("gradient_missing", "unbounded_holds")),
+    "NaN gradient": Fault(lambda: seen(trained(faulty.NotANumber)), ("gradient_missing",)),
+    "gradient of the mean only": Fault(lambda: seen(trained(faulty.OneMean)), ("gradient_missing",)),
+    "purifier detaches, declares exact": Fault(lambda: seen(trained(faulty.Detached)), ("gradient_untrue",)),
+    "straight-through, declares exact": Fault(lambda: seen(trained(faulty.StraightThrough)), ("gradient_untrue",)),
+    "saturated logits": Fault(lambda: seen(trained(faulty.Saturated)), ("logits_saturated",)),
+    "softmax for logits": Fault(lambda: seen(trained(faulty.Probabilities)), ("softmax_as_logits",)),
+    "random, undeclared": Fault(lambda: seen(trained(faulty.Random)), ("random_without_eot",)),
+    "random, undeclared, Square": Fault(
+        lambda: seen(trained(faulty.LessRandom), Square(queries=30)), ("random_without_eot",)
+    ),
+    "random, undeclared, gray_box": Fault(
+        lambda: seen(trained(faulty.LessRandom), target=trained()), ("redraws_disagree",)
+    ),
+    "random, one draw": Fault(lambda: seen(trained(faulty.Random), stochastic=True, draws=20), ("redraws_disagree",)),
+    "statistics over the batch": Fault(lambda: seen(trained(faulty.Neighbours)), ("batch_changes_verdict",)),
+    "logits around 10,000": Fault(lambda: seen(trained(faulty.Offset)), ("bf16_changes_verdict",)),
     "PGD, sign reversed": Fault(
-        lambda: seen(trained(adversarial=False), Reversed(), ThreatModel(norm=Norm.LINF, eps=0.4)),
+        lambda: seen(trained(adversarial=False), faulty.Reversed(), ThreatModel(norm=Norm.LINF, eps=0.4)),
         ("one_step_stronger", "noise_stronger", "unbounded_holds"),
     ),
     "PGD, too few steps": Fault(
         lambda: seen(trained(adversarial=False), SHORT), ("steps_short", "loss_rising", "one_step_stronger")
     ),
     "too few restarts": Fault(
-        lambda: seen(trained(adversarial=False), Guess(), ThreatModel(norm=Norm.LINF, eps=0.4), count=256),
+        lambda: seen(trained(adversarial=False), faulty.Guess(), ThreatModel(norm=Norm.LINF, eps=0.4), count=256),
         ("restarts_short",),
     ),
     "ensemble without gradients": Fault(
         lambda: {"members_left_out": attack_checks.members_left_out(CLOSED) or 0.0}, ("members_left_out",)
     ),
     "attack shrinks as eps grows": Fault(
-        lambda: side_by_side(*(measured(trained(), "tests.planted.Shrinking", eps=eps) for eps in (0.1, 0.3))),
+        lambda: side_by_side(*(measured(trained(), "tests.faulty.Shrinking", eps=eps) for eps in (0.1, 0.3))),
         ("accuracy_rises_with_eps",),
     ),
     "Square beside masked gradients": Fault(
-        lambda: side_by_side(*pgd_and_square(trained(Saturated))), ("weaker_access_stronger",)
+        lambda: side_by_side(*pgd_and_square(trained(faulty.Saturated))), ("weaker_access_stronger",)
     ),
     "gray_box does more harm": Fault(
         lambda: side_by_side(cell(200), cell(150, access="gray_box")), ("weaker_access_stronger",)
@@ -396,7 +246,7 @@ PLANTED: dict[str, Fault] = {
     "twenty images": Fault(lambda: measured(trained(), steps=2, n=20).checks, ("few_images",)),
     "threshold of attacked images": Fault(lambda: threshold(attacked=True), ("threshold_not_clean",)),
     "threshold by hand": Fault(lambda: threshold(by_hand=0.3), ("threshold_by_hand",)),
-    "test images trained on": Fault(lambda: leak(Leaky()), ("test_in_training",)),
+    "test images trained on": Fault(lambda: leak(faulty.Leaky()), ("test_in_training",)),
 }
 
 

@@ -22,7 +22,7 @@ from src.stages import Stages
 from src.subject import Names
 from src.threat import Norm
 from src.tracking import NoTracker
-from tests import planted
+from tests import faulty, planted
 from tests.conftest import Linear
 from tests.test_pipeline import QUIET, Command, ok
 
@@ -31,7 +31,7 @@ QUICK = ("--dataset", "digits", "--images", "60", "--attack", "pgd", "attack.ste
 
 def masked() -> nn.Module:
     """What a user's own file might give: a network with quantised activations."""
-    return planted.trained(planted.Quantised)
+    return planted.trained(faulty.Quantised)
 
 
 def sound() -> nn.Module:

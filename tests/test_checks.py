@@ -34,18 +34,8 @@ from src.data.augment import to_float
 from src.data.digits import Digits
 from src.threat import Access, Norm, ThreatModel
 from tests.conftest import ROOT, Outcome, choices
-from tests.planted import (
-    LINF,
-    PLANTED,
-    SOUND,
-    Brightness,
-    LessRandom,
-    Probabilities,
-    cell,
-    digits,
-    seen,
-    trained,
-)  # fmt: skip
+from tests.faulty import Brightness, LessRandom, Probabilities
+from tests.planted import LINF, PLANTED, SOUND, cell, digits, seen, trained
 from tests.test_keys import planned
 from tests.test_pipeline import QUIET, ok
 
