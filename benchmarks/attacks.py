@@ -39,9 +39,9 @@ through cnn6 is 1.9 to 2.7 times as fast here, forward alone and with the gradie
 of as many passes as its peer, such as the members of AutoAttack, wins no more than that. FGSM makes three passes, of
 which two are verdicts in float32. Square, half of AutoAttack's time, compares losses that bfloat16 cannot tell apart
 (of 40 images 0.700 held out against it there, 0.600 against the reference), and wins in float32 by the layout of its
-images alone. JSMA asks the network again for every two values that it changes, on lenet 11 passes forward and 18 back
-for an image, which alone take 0.8 ms where ART's whole attack takes 10; so it stops nearer, but is not 30 times as
-fast. one_pixel's candidates cost a forward pass each in any library."""
+images alone. JSMA asks the network again for every two values that it changes, on lenet 12 passes forward and 20 back
+for an image, which alone take 0.8 ms where ART's whole attack takes 9; it changes half as many pixels as ART's, but
+cannot be 30 times as fast. one_pixel's candidates cost a forward pass each in any library."""
 SUBJECTS = LENET, CNN6, ROBUST = ("lenet", "cnn6", "robust cnn6")
 
 
