@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from src.analysis import (
     training,
 )
 from src.analysis.fid import inception
-from src.analysis.scene import Scene, draw
+from src.analysis.scene import draw
 from src.attacks.apgd import APGD
 from src.attacks.fgsm import FGSM
 from src.attacks.pgd import PGD
@@ -40,6 +39,7 @@ from src.outcome import _detection
 from src.report.command import CONF
 from tests.cells import is_drawn
 from tests.conftest import Linear, Outcome, choices
+from tests.scenes import Remembered, scene, whitened
 
 
 @pytest.fixture(autouse=True)
@@ -120,17 +120,6 @@ def test_inception_is_taken_where_it_lies_and_never_fetched(tmp_path: Path, monk
     assert inception() is None, "no library to read them with"
 
 
-class Remembered(nn.Module):
-    """A defense that can only repeat what it is given."""
-
-    def __init__(self, images: Tensor, asked: Tensor | None) -> None:
-        super().__init__()
-        self.images, self.asked = images, asked
-
-    def samples_to_show(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        return self.images[:count], None if self.asked is None else self.asked[:count]
-
-
 @pytest.mark.parametrize("asked", [False, True])
 def test_samples_have_their_distance_beside_that_of_clean_images(
     asked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -166,64 +155,6 @@ def test_features_are_found_behind_wrappers() -> None:
     assert representation.features(wrapped, images).equal(images.flatten(1))
     with pytest.raises(UserError, match="features"):
         representation.features(nn.Flatten(), images)
-
-
-@dataclass
-class Made:
-    images: Tensor
-    attempted: Tensor
-    success: Tensor
-    distance: Tensor
-
-
-class Detecting(Linear):
-    """Rejects bright images; purifies by halving."""
-
-    rejects = True
-
-    least = 0.0
-
-    def suspicion(self, images: Tensor) -> Tensor:
-        return 2 * images.flatten(1).mean(dim=1) - self.least
-
-    def logits(self, images: Tensor) -> Tensor:
-        return super().forward(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.logits(images)
-        refusal = logits.amax(dim=1) + self.suspicion(images) - 1
-        return torch.cat([logits, refusal[:, None]], dim=1)
-
-    def purified(self, images: Tensor) -> Tensor:
-        return images / 2
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        images = batch["image"]
-        return {
-            "prediction": self(images).argmax(dim=1), "behind": self.logits(images).argmax(dim=1),
-            "rejected": self.suspicion(images) > 1, "suspicion": self.suspicion(images),
-        }  # fmt: skip
-
-
-def scene(**changes: Any) -> Scene:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(40, 1, 8, 8, generator=generator)
-    bare, model = Linear(side=8, classes=3), Detecting(side=8, classes=3)
-    labels = model.logits(images).argmax(dim=1)
-
-    def attack(access: str, x: Tensor, y: Tensor, eps: float, **_: Any) -> Made:
-        made = (x + min(eps, 0.5) * torch.randn(x.shape, generator=generator).sign()).clamp(0, 1)
-        return Made(
-            made, torch.ones(len(x)).bool(), model(made).argmax(1) != y, torch.rand(len(x), generator=generator)
-        )
-
-    values: dict[str, Any] = {
-        "dataset": "digits", "classifier_name": "linear",
-        "classifier": bare, "defended": model, "images": images, "labels": labels, "classes": ("a", "b", "c"),
-        "radii": (0.1, 0.3, float("inf")), "accesses": ("gray_box", "white_box"), "attack": attack,
-        "norm": "linf", "threat": "noise (untargeted), linf", "minimal": True, "steps": 3,
-    }  # fmt: skip
-    return Scene(**(values | changes))
 
 
 def built(name: str) -> Any:
@@ -266,15 +197,6 @@ def test_what_cannot_be_looked_at_says_what_can(
 ) -> None:
     with pytest.raises(UserError, match=f"^analysis={name}: .*{instead}"):
         draw([(name, built(name))], scene(**changes), tmp_path)
-
-
-def whitened() -> Callable[..., Made]:
-    """An attack that is seen through: every image becomes white, which :class:`Detecting` rejects."""
-
-    def attack(access: str, x: Tensor, y: Tensor, eps: float, **_: Any) -> Made:
-        return Made(torch.ones_like(x), torch.ones(len(x)).bool(), torch.zeros(len(x)).bool(), torch.ones(len(x)))
-
-    return attack
 
 
 def test_a_rejected_image_has_held_in_every_figure(drawn: list[Any], tmp_path: Path) -> None:
