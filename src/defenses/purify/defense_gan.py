@@ -13,6 +13,7 @@ from src.defenses.purify.gan import Decay, WassersteinGAN, descend
 from src.errors import UserError
 
 TRIAL = 10  # steps of the short search by which epochs are compared
+LAST = 20  # steps of the descent that the attacker differentiates
 
 
 class DefenseGAN(WassersteinGAN, Purifier):
@@ -38,8 +39,10 @@ class DefenseGAN(WassersteinGAN, Purifier):
         rate: step size on the squared error, mean over pixels; a tenth of it for the last fifth of the steps.
         momentum: of the descent.
         candidates: codes of which each image starts from the nearest ``restarts``; equal to them: the paper's.
-        backward: what the white_box attacker differentiates. ``bpda``: the identity for the projection, as Athalye et
-            al. did; ``unrolled``: all steps of the descent, which is exact and for few steps only.
+        backward: what the white_box attacker differentiates. ``bpda``: 20 more steps of the descent, from the code that
+            it found: nearly the derivative of the nearest image, at the memory of 20 passes. The identity, which
+            Athalye et al. took for it, makes gradients weaker than Square's queries. ``unrolled``: all steps of the
+            descent for all restarts, exact and for few steps.
         n_critic: steps of the critic for one of the generator.
         penalty: weight of the gradient penalty.
         betas: decay rates of Adam's moments.
@@ -89,35 +92,48 @@ class DefenseGAN(WassersteinGAN, Purifier):
         self.gradient = "exact" if backward == "unrolled" else "bpda"
 
     def purify(self, images: Tensor) -> Tensor:
-        unrolled = self.gradient == "exact" and torch.is_grad_enabled() and images.requires_grad
-        return self._project(images, restarts=self.restarts, steps=self.steps, unrolled=unrolled)
+        if self.gradient == "exact" and torch.is_grad_enabled() and images.requires_grad:
+            return self.average(self._nearest(images, restarts=self.restarts, steps=self.steps, unrolled=True))
+        return self._project(images, restarts=self.restarts, steps=self.steps)
 
     def surrogate(self, images: Tensor) -> Tensor:
-        """The projection of an image near the generator's is nearly the image itself."""
-        return images
+        """The last steps of the descent alone, from the codes that it finds."""
+        codes = self._nearest(images, restarts=self.restarts, steps=self.steps)
+        return self.average(self._descended(images, codes, steps=LAST, differentiable=True))
 
     @torch.no_grad()
     def samples_to_show(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Images of the averaged generator."""
         return self.average(torch.randn(count, self.latent, generator=generator).to(self.device)), None
 
-    def _project(self, images: Tensor, *, restarts: int, steps: int, unrolled: bool = False) -> Tensor:
+    def _project(self, images: Tensor, *, restarts: int, steps: int) -> Tensor:
+        """The nearest images that were found, without a gradient."""
+        codes = self._nearest(images, restarts=restarts, steps=steps)
+        with torch.no_grad():
+            return self.average(codes)
+
+    def _nearest(self, images: Tensor, *, restarts: int, steps: int, unrolled: bool = False) -> Tensor:
+        """For each image the best code of its restarts, ``(B, latent)``; a constant unless ``unrolled``."""
         # The search has gradients of its own, also where the caller wants none.
         with torch.inference_mode(False), torch.enable_grad():
             target = (images if unrolled else images.detach()).clone()
+            starts = self._starts(target.detach(), restarts)
             wanted = target.repeat_interleave(restarts, dim=0)
-            codes = descend(
-                lambda codes: _error(self.average(codes), wanted),
-                self._starts(target.detach(), restarts),
-                steps=steps,
-                rate=self.rate,
-                momentum=self.momentum,
-                differentiable=unrolled,
-            )
-            found = self.average(codes)
-            best = _error(found, wanted).view(-1, restarts).argmin(dim=1)
-            chosen = found[torch.arange(len(target), device=best.device) * restarts + best]
+            codes = self._descended(wanted, starts, steps=steps, differentiable=unrolled)
+            with torch.no_grad():
+                best = _error(self.average(codes), wanted).view(-1, restarts).argmin(dim=1)
+            chosen = codes[torch.arange(len(target), device=best.device) * restarts + best]
         return chosen if unrolled else chosen.detach()
+
+    def _descended(self, wanted: Tensor, codes: Tensor, *, steps: int, differentiable: bool) -> Tensor:
+        return descend(
+            lambda codes: _error(self.average(codes), wanted),
+            codes,
+            steps=steps,
+            rate=self.rate,
+            momentum=self.momentum,
+            differentiable=differentiable,
+        )
 
     @torch.no_grad()
     def _starts(self, images: Tensor, restarts: int) -> Tensor:
