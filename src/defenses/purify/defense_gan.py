@@ -41,8 +41,8 @@ class DefenseGAN(WassersteinGAN, Purifier):
         candidates: codes of which each image starts from the nearest ``restarts``; equal to them: the paper's.
         backward: what the white_box attacker differentiates. ``bpda``: 20 more steps of the descent, from the code that
             it found: nearly the derivative of the nearest image, at the memory of 20 passes. The identity, which
-            Athalye et al. took for it, makes gradients weaker than Square's queries. ``unrolled``: all steps of the
-            descent for all restarts, exact and for few steps.
+            Athalye et al. took for it, was weaker under PGD. ``unrolled``: all steps of the descent for all restarts,
+            exact and for few steps.
         n_critic: steps of the critic for one of the generator.
         penalty: weight of the gradient penalty.
         betas: decay rates of Adam's moments.
