@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from src import fit
+from src import fit, uncertainty
 from src.attacked import LOOKED_AT, AttackedImages
 from src.checks import attack as attack_checks
 from src.checks import data as data_checks
@@ -17,7 +17,7 @@ from src.data.augment import to_float
 from src.outcome import Table
 from src.threat import Access, ThreatModel
 
-SOURCES = (probe, model_checks, attack_checks, data_checks, Look)
+SOURCES = (probe, model_checks, attack_checks, data_checks, Look, uncertainty)
 
 
 class Checked:

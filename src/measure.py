@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from src.attacked import AttackedImages
 from src.callbacks.collect import Collect
 from src.certificate import certified
 from src.checked import SOURCES, Checked
+from src.checks.flags import raised
 from src.config import Job
 from src.data.augment import to_float
 from src.data.base import ImageDataModule
@@ -102,8 +104,12 @@ class Bench:
             records.check_sidecar(path.with_suffix(".npz"))
         except UserError as error:
             log.warning("%s; set aside and measured again", error)
-            path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+            with suppress(FileNotFoundError):  # another job met it first
+                path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
             return None
+        if record.flags != (flags := raised(record.checks)):  # a limit is another than when it was measured
+            record = record.model_copy(update={"flags": flags})
+            records.save(record, path.parent)
         log.info("record %s eps %.4g %s: found (%s)", record.attack, record.eps, record.access, record.key)
         return record
 
@@ -121,10 +127,15 @@ class Bench:
                     f"attack={self.names.attack} needs one. Use an attack on scores, or threat.access=transfer"
                 )
 
+    @staticmethod
+    def _of(access: Access, keys: dict[str, str]) -> dict[str, str]:
+        """Of these stages those that a cell of that access depends on: a surrogate serves transfer alone."""
+        return {kind: key for kind, key in keys.items() if kind != "surrogate" or access is Access.TRANSFER}
+
     def _key(self, threat: ThreatModel, access: Access) -> str:
         return content_key(
             names=asdict(self.names),
-            **self.keys,
+            **self._of(access, self.keys),
             attack=self.images.parts(threat),
             access=access,
             draws=self.images.draws,
@@ -139,10 +150,12 @@ class Bench:
         self.stages.used.clear()
         clean = self._clean
         made = self.images.made(threat, access)
-        # Images made on another model than the defended one are shown to it now; others have met it already.
+        # Images made on another model than the defended one are shown to it now; others have met it already. But of a
+        # search for the smallest change those beyond eps stay clean, and a random defense may get them wrong as well.
         elsewhere = access in (Access.GRAY_BOX, Access.TRANSFER) and not (
             self.images.bare and access is Access.GRAY_BOX
         )
+        elsewhere |= self.attack.minimal and self.subject.defended.stochastic
         seen = self.images.shown(made["image"]) if elsewhere else made
         outcome = {"clean": clean, "made": made, "seen": seen}
         record = to_record(
@@ -154,7 +167,7 @@ class Bench:
             **asdict(self.names),
             **self._certified,
             defense_memory_mib=self._memory,
-            stages=self.subject.made | self.keys,
+            stages=self._of(access, self.subject.made | self.keys),
             uses=sorted({*self._common, *self.stages.used}),
             checks=self.checked.of_cell(threat, access, made, seen),
             robust_accuracy_redraws=self._redrawn(made["image"]),
@@ -177,7 +190,7 @@ class Bench:
     def _certified(self) -> dict[str, Any]:
         if self.subject.defended.certify is None:
             return {}
-        key, found = certified(self.subject, self.keys, self.data, self.stages, self.job)
+        key, found = certified(self.subject, self._of(Access.WHITE_BOX, self.keys), self.data, self.stages, self.job)
         self._common.append(key)
         return found
 

@@ -89,6 +89,27 @@ def test_a_minimal_attack_answers_every_eps_from_one_search(command: Command, tm
     assert len(list(tmp_path.glob("artifacts/examples/[!.]*"))) == 2  # one on the classifier, one on the defense
 
 
+def test_a_minimal_attack_gains_nothing_by_the_draws_of_a_random_defense(command: Command) -> None:
+    """What lies beyond eps stays clean, and is right or wrong as clean images are: not right in any of two draws."""
+    small = [item for item in SMALL if not item.startswith("attack.steps")]
+    noisy = ("defense=smoothing", "defense.sigma=1.0", "defense.votes=1", "defense.certify_images=0", "eot_draws=2")
+    outcome = ok(command(*small, *noisy, "attack=deepfool", "attack.steps=3", "threat=l2", "threat.eps=[0,0.2]"))
+    for record in records.find(outcome.runs()):
+        assert 0.2 < record.clean_accuracy_defended < 0.9  # draws disagree
+        if record.eps == 0:
+            assert record.robust_accuracy == record.clean_accuracy_defended
+        assert record.robust_accuracy <= record.clean_accuracy_defended
+
+
+def test_a_surrogate_is_part_of_the_cells_that_it_attacks_alone(command: Command) -> None:
+    common = (*SMALL, "defense=none", "threat.eps=0.2", "+classifier@surrogate=cnn3", "surrogate.fit.epochs=1")
+    both = by_access(ok(command(*common, "threat.access=[white_box,transfer]")))
+    (alone,) = records.find(ok(command(*common, "threat.access=white_box")).runs()[-1:])
+    assert alone == both["white_box"]
+    assert "surrogate" in both["transfer"].stages
+    assert "surrogate" not in alone.stages
+
+
 def test_black_box_asks_the_defended_model_for_scores_only(command: Command) -> None:
     small = [item for item in SMALL if not item.startswith("attack.steps")]
     outcome = ok(
