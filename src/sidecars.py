@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """One entry an image of the test split: whether the defended model was right before, and whether it held."""
+    """One entry an image of the test split: right before, on the defended model; attacked at all; withstood."""
 
     right: NDArray[np.bool_]
+    attempted: NDArray[np.bool_]
     held: NDArray[np.bool_]
 
 
@@ -53,7 +54,7 @@ def withstood(right: Any, same: Any, rejected: Any) -> Any:
 
 def verdicts(record: Record, path: Path | None) -> Verdicts | None:
     """The verdicts of a record; None where they are absent or do not count to what the record says."""
-    found = read(path, ("label", "prediction", "clean_prediction", "class_names"))
+    found = read(path, ("label", "prediction", "clean_prediction", "attempted", "class_names"))
     if found is None:
         return None
     label, said, names = found["label"], found["prediction"], found["class_names"]
@@ -61,4 +62,4 @@ def verdicts(record: Record, path: Path | None) -> Verdicts | None:
     if record.clean_rejected is not None:  # it rejects; a class of the data may have that name as well
         held = withstood(right, held, said == len(names) - 1)
     sound = len(label) == record.n and int(held.sum()) == record.correct_attacked
-    return Verdicts(right, held) if sound else None
+    return Verdicts(right, found["attempted"], held) if sound else None

@@ -65,13 +65,14 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
     names = sorted({_name(r) for r in group})
     missing: list[str] = []
     held: NDArray[np.bool_] | None = None
-    right: NDArray[np.bool_] | None = None
+    met: NDArray[np.bool_] | None = None  # right before, and attacked by one of them at least
     for record in group:
         found = sidecars.verdicts(record, files.get(record.key))
         if found is None:
             missing.append(_name(record))
             continue
-        right = found.right
+        mine = found.right & found.attempted
+        met = mine if met is None else met | mine
         held = found.held if held is None else held & found.held
     facts = {
         name: getattr(first, name)
@@ -89,7 +90,7 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
         "flags": _flags(group),
         "uses": sorted(r.key for r in group),
     }
-    if missing or held is None or right is None:
+    if missing or held is None or met is None:
         bound = min((r.robust_accuracy for r in group if r.robust_accuracy is not None), default=None)
         most = "" if bound is None else f"; at most {bound:.4f}"
         why = f"no verdicts per image of {', '.join(sorted(set(missing)))}{most}"
@@ -103,7 +104,8 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
         robust_accuracy=count / max(first.n, 1),
         robust_accuracy_low=low,
         robust_accuracy_high=high,
-        attack_success_rate=float((right & ~held).sum() / right.sum()) if right.any() else None,
+        # Of a targeted attack it is the share that reached the target, which the verdicts do not tell.
+        attack_success_rate=float((met & ~held).sum() / met.sum()) if met.any() and not first.targeted else None,
         forward_passes=_sum(r.forward_passes for r in group),
         backward_passes=_sum(r.backward_passes for r in group),
         attack_ms_per_image=_sum(r.attack_ms_per_image for r in group),

@@ -20,7 +20,9 @@ from src.worst import WORST, worst_cases
 from tests.cells import cell, failed, pair
 
 
-def verdicts(record: Record, folder: Path, said: Any, *, rejects: bool = False, clean: Any = None) -> Record:
+def verdicts(
+    record: Record, folder: Path, said: Any, *, rejects: bool = False, clean: Any = None, attempted: Any = None
+) -> Record:
     """A record of images that are all of class 0, with what the defended model says of each, attacked and clean."""
     names = ["0", "1", "rejected"] if rejects else ["0", "1"]
     label, answers = np.zeros(len(said), dtype=int), np.array(said, dtype=int)
@@ -32,7 +34,10 @@ def verdicts(record: Record, folder: Path, said: Any, *, rejects: bool = False, 
         "robust_accuracy_low": low, "robust_accuracy_high": high,
     } | ({"clean_rejected": float((before == 2).mean())} if rejects else {})  # fmt: skip
     record = record.model_copy(update=changes)
-    arrays = {"label": label, "prediction": answers, "clean_prediction": before, "class_names": np.array(names)}
+    arrays = {
+        "label": label, "prediction": answers, "clean_prediction": before, "class_names": np.array(names),
+        "attempted": np.array(attempted) if attempted is not None else before == 0,
+    }  # fmt: skip
     store.save_sidecar(folder / "records" / f"{record.key}.npz", arrays)
     store.save(record, folder / "records")
     return record
@@ -50,6 +55,17 @@ def test_the_worst_case_is_counted_image_by_image(tmp_path: Path) -> None:
     assert (row.robust_accuracy_low, row.robust_accuracy_high) == pytest.approx(store.wilson(2, 5))
     assert row.attack_success_rate == pytest.approx(3 / 5)
     assert row.reason == "per image over fgsm, pgd"
+
+
+def test_the_rate_of_the_worst_case_is_that_of_the_cells(tmp_path: Path) -> None:
+    """Over the images that were right before and attacked; of a targeted attack no verdict says what reached it."""
+    cells = both(tmp_path, [1, 0, 0, 1], [1, 1, 0, 1], clean=[0, 0, 0, 1], attempted=[True, True, False, True])
+    (row,) = worst_cases(cells, sidecars.find([tmp_path]))
+    assert row.attack_success_rate == 1
+    assert row.robust_accuracy == 1 / 4
+    aimed = [record.model_copy(update={"targeted": True}) for record in cells]
+    (row,) = worst_cases(aimed, sidecars.find([tmp_path]))
+    assert row.attack_success_rate is None
 
 
 def test_a_rejected_image_has_held_unless_its_clean_version_was_rejected(tmp_path: Path) -> None:
