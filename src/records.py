@@ -251,6 +251,27 @@ def order(record: Record) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+def places(record: Record) -> dict[str, str]:
+    """Files of its data and of weights of the user's own, by config key: the variant names no places.
+
+    Their last names alone, since folders differ between machines; of weights with the folder, many are `weights.pt`.
+    """
+    found: dict[str, str] = {}
+    root = (record.config.get("dataset") or {}).get("root")
+    if root and root != (record.config.get("paths") or {}).get("data"):  # else it is where downloads lie
+        found["dataset.root"] = Path(root).name
+
+    def look(node: Any, key: str) -> None:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            if name == "checkpoint" and isinstance(value, str):
+                found[f"{key}.{name}"] = "/".join(Path(value).parts[-2:])
+            look(value, f"{key}.{name}")
+
+    for group in ("classifier", "surrogate", "defense"):
+        look(record.config.get(group), group)
+    return found
+
+
 def what(item: str) -> str:
     """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
     return item.lstrip("+~").partition("=")[0].rpartition("@")[2]

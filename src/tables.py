@@ -19,10 +19,18 @@ from src.records import Record
 
 @dataclass
 class Row:
-    """The cells that differ in access only. ``cells`` maps access to its record, failed ones included."""
+    """The cells that differ in access only. ``cells`` maps access to its record, failed ones included.
+
+    ``apart``: file names of data and weights, where they alone tell the row from others.
+    """
 
     first: Record
     cells: dict[str, Record] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
+
+    @property
+    def variant(self) -> str:
+        return ",".join(filter(None, (self.first.variant, *self.apart)))
 
     def sound(self, access: str) -> Record | None:
         """A cell whose figure means what it says."""
@@ -69,11 +77,19 @@ def side_by_side(records: Iterable[Record]) -> list[Row]:
     """
     rows: dict[tuple[object, ...], Row] = {}
     for record in sorted(records, key=store.order):
-        weights = tuple(record.stages.get(kind, "") for kind in ("classifier", "defense"))
+        made_of = tuple(record.stages.get(kind, "") for kind in ("data", "classifier", "defense"))
         copy = 0
-        while record.access in (row := rows.setdefault((*record.gap_key, weights, copy), Row(record))).cells:
+        while record.access in (row := rows.setdefault((*record.gap_key, made_of, copy), Row(record))).cells:
             copy += 1
         row.cells[record.access] = record
+    alike: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows.values():
+        alike.setdefault(row.first.gap_key, []).append(row)
+    for twins in alike.values():
+        said = [store.places(row.first) for row in twins]
+        differ = sorted(name for name in set().union(*said) if len({each.get(name) for each in said}) > 1)
+        for row, each in zip(twins, said, strict=True):
+            row.apart = tuple(f"{name}={each[name]}" for name in differ if name in each)
     return list(rows.values())
 
 
@@ -126,7 +142,7 @@ IDENTITY: tuple[Column, ...] = (
     ("attack", lambda row: row.first.attack + (" (targeted)" if row.first.targeted else "")),
     ("norm", lambda row: row.first.norm),
     ("seed", lambda row: str(row.first.seed)),
-    ("variant", lambda row: row.first.variant),
+    ("variant", lambda row: row.variant),
 )
 
 
@@ -169,7 +185,6 @@ def _certified(row: Row, radius: str, separator: str) -> str:
 _ON_REJECTION = (
     "A defense that detects has held an attacked image it rejects, but not one whose clean version it rejects "
     "(`clean rejected`); `detected` is the share rejected of the attacked images that the classifier gets wrong. "
-    "How many those are is not known where all were rejected, so 100 has no interval. "
 )
 
 
@@ -216,7 +231,7 @@ def write_markdown(records: Iterable[Record], path: Path, further: str = "") -> 
 
     cells = sorted(records, key=store.order)
     rows = side_by_side(cells)
-    identity = [c for c in IDENTITY if c[0] != "variant" or any(row.first.variant for row in rows)]
+    identity = [c for c in IDENTITY if c[0] != "variant" or any(row.variant for row in rows)]
     notes: Column = ("notes", lambda row: row.notes)
     columns = [*identity, *_measures(rows), notes]
     body = [[value(row).replace("|", "\\|") for _, value in columns] for row in rows]

@@ -112,7 +112,8 @@ class OverSeeds:
 
 
 def but_for_the_seed(record: Record) -> tuple[object, ...]:
-    return *record.model_copy(update={"seed": 0}).gap_key, record.access
+    """All that tells a cell from others but its seed; other data or weights of one's own are no other seed."""
+    return *record.model_copy(update={"seed": 0}).gap_key, record.access, *sorted(store.places(record).items())
 
 
 def over_seeds(records: Iterable[Record]) -> list[OverSeeds]:

@@ -14,7 +14,7 @@ from src import records as store
 from src import tables
 from src.callbacks import results_table
 from src.errors import UserError
-from tests.cells import cell
+from tests.cells import cell, pair
 
 APP = """
 import os, sys
@@ -98,6 +98,20 @@ def test_a_job_that_died_and_a_broken_record_are_noticed(tmp_path: Path) -> None
     assert "left no record" in records[1].reason
     assert len(problems) == 1
     assert "broken.json" in problems[0]
+
+
+def test_rows_that_data_or_weights_alone_tell_apart_say_so() -> None:
+    def of(root: str, weights: str | None = None, **changes: object) -> list[store.Record]:
+        config = {"dataset": {"root": root}, "classifier": {"checkpoint": weights}, "paths": {"data": "data"}}
+        return pair(config=config, stages={"data": root, "classifier": weights or "trained"}, **changes)
+
+    one, two, other = of("x/a.npz"), of("x/b.npz"), of("x/b.npz", "y/w.pt", variant="v")
+    rows = tables.side_by_side([*one, *two, *other])
+    assert [row.variant for row in rows] == ["dataset.root=a.npz", "dataset.root=b.npz", "v"]
+    assert [len(row.cells) for row in rows] == [2, 2, 2]
+    rows = tables.side_by_side([*one, *of("x/a.npz", "y/w.pt")])
+    assert sorted(row.variant for row in rows) == ["", "classifier.checkpoint=y/w.pt"]
+    assert [row.variant for row in tables.side_by_side(other)] == ["v"]
 
 
 def test_tables_show_what_a_detector_rejects_and_what_is_certified() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +72,21 @@ def test_over_seeds() -> None:
     assert found.mean == pytest.approx(0.5)
     assert found.spread == pytest.approx(0.1)
     assert found.high - found.mean == pytest.approx(4.3027 * 0.1 / 3**0.5, abs=1e-4)
+
+
+def test_other_data_and_other_weights_are_no_other_seeds() -> None:
+    def found(at: str, weights: str, folder: str) -> list[Any]:
+        config = {"dataset": {"root": at}, "defense": {"parts": {"a": {"checkpoint": weights}}}, "paths": {"data": "d"}}
+        first = [cell(right, n=100, seed=seed, config=config) for seed, right in enumerate((40, 50))]
+        moved = {"dataset": {"root": folder}, "defense": config["defense"], "paths": {"data": folder}}
+        return over_seeds([*first, cell(90, n=100, seed=2, config=moved)])
+
+    assert [each.seeds for each in found("a.npz", "x/weights.pt", "b.npz")] == [2]
+    assert [each.seeds for each in found("d", "x/weights.pt", "e")] == [3]  # where downloads lie says nothing
+    one, two = (cell(50, n=100, seed=0, config={"dataset": {"root": name}}) for name in ("m/a.npz", "n/a.npz"))
+    assert len(over_seeds([one, two.model_copy(update={"seed": 1})])) == 1  # another machine's folder
+    one, two = (cell(50, n=100, config={"defense": {"checkpoint": f"{name}/weights.pt"}}) for name in "ab")
+    assert over_seeds([one, two.model_copy(update={"seed": 1})]) == []
 
 
 def test_the_report_compares_seeds_and_defenses(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ class DataSpec:
     """Facts of a dataset.
 
     Attributes:
-        name: what tables call it.
+        name: what messages call it; tables name the choice of the config.
         classes: names, by class number.
         channels: 1 (grey) or 3 (RGB).
         size: ``(H, W)`` in pixels.
