@@ -172,6 +172,7 @@ def parse(cfg: DictConfig) -> Job:
 def _check_trained(choice: Mapping[str, Any], key: str) -> None:
     node, trained = split(choice, key)
     check(node, key)
+    _check_fits(choice, key)
     if trained.trained_on:
         if trained.trained_on.eps is not None:
             parse_eps(trained.trained_on.eps, f"{key}.trained_on.eps", Norm.parse(trained.trained_on.norm))
@@ -187,6 +188,19 @@ def _check_trained(choice: Mapping[str, Any], key: str) -> None:
                 f"{key}.parts.{name}: replaces the classifier, so the parts behind it would never be asked. Allowed: "
                 f"such a defense as the last part, {key}.parts.{list(parts)[-1]}"
             )
+
+
+def _check_fits(choice: Mapping[str, Any], key: str) -> None:
+    """What a classifier, a defense or a chain of them has no use for would change nothing, and be believed."""
+    defense = key.partition(".")[0] == "defense"
+    useless = {"trained_on": "of a defense", "parts": "of a chain"}
+    if defense:
+        useless = {"label_smoothing": "of a classifier"}
+    if choice.get("parts"):
+        useless |= dict.fromkeys(("fit", "checkpoint", "trained_on"), "of its parts")
+    for name, owner in useless.items():
+        if choice.get(name) is not None:
+            raise UserError(f"{key}.{name}: would change nothing. Allowed: {name} {owner}, or leave it out")
 
 
 def _replaces(choice: Mapping[str, Any], key: str) -> bool:

@@ -84,7 +84,7 @@ class Workshop:
             key = self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint", about)
         if getattr(network, "is_trained", False):  # somebody's own: its code counts as well as its weights
             module.eval()
-            return module, f"own-{content_key(**about, network=own.digest(network))}"
+            return module, f"own-{content_key(**about, network=own.digest(network, node.get('model', '')))}"
         if trained.checkpoint is not None:
             return module, key
         if trained.fit is None:
@@ -162,6 +162,11 @@ class Workshop:
             raise UserError(
                 f"{group}.trained_on.validation: missing; where trained_on.attack is null, an attack has to judge what "
                 "is learnt. Use /attack@trained_on.validation: pgd"
+            )
+        if attack is None and source.warmup:
+            raise UserError(
+                f"{group}.trained_on.warmup={source.warmup:g}: would change nothing: trained_on.attack is null, the "
+                "defense makes its own images, at the whole radius. Allowed: 0"
             )
         kinds = [kind for each in (attack, judge) if each for kind in each.kinds(norm)]
         itself = source.target == "itself"

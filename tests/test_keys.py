@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,29 @@ def test_a_module_of_ones_own_is_known_by_its_name_as_well() -> None:
     assert len(keys) == 2
 
 
+def test_a_module_of_ones_own_is_known_by_the_code_of_all_its_layers(tmp_path: Path, monkeypatch: Any) -> None:
+    layer = "from torch import nn\nclass {name}(nn.Module):\n    def forward(self, x):\n        return {what}\n"
+    make = (
+        "from torch import nn\nfrom {layers} import {layer}\ndef make():\n    return nn.Sequential({layer}(), {rest})\n"
+    )
+    rest = "nn.Flatten(), nn.Linear(64, 10)"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def key(what: str = "x", rest: str = rest) -> str:
+        (tmp_path / "own_layers.py").write_text(layer.format(name="Layer", what=what))
+        (tmp_path / "own_model.py").write_text(make.format(layers="own_layers", layer="Layer", rest=rest))
+        importlib.invalidate_caches()
+        for name in ("own_layers", "own_model"):
+            sys.modules.pop(name, None)
+        torch.manual_seed(0)
+        bench = planned("classifier=own", "classifier.model=own_model:make", "defense=none")
+        return bench.keys["classifier"]
+
+    keys = [key(), key("-x"), key(rest=f"{rest}, nn.Identity()"), key()]
+    assert len(set(keys)) == 3
+    assert keys[3] == keys[0]
+
+
 @pytest.mark.parametrize("defense", ["adversarial_training", "distillation"])
 def test_a_module_of_ones_own_is_where_hardening_starts_and_stays_as_it_is(defense: str) -> None:
     mine = importlib.import_module("tests.test_keys").small
@@ -222,7 +246,7 @@ LATER = {
     "vae": ("sample=true", "beta=0.5"),
     "vae_kl": ("fpr=0.1 threshold=0.3", "beta=0.5"),
     "magnet": ("detectors=[l1] temperatures=[20] reform=false fpr=0.1", "noise=0.2"),
-    "diffusion": ("eta=1.0 gradient=bpda", "steps=3"),
+    "diffusion": ("eta=1.0 gradient=bpda", "steps=5"),
     "defense_gan": ("restarts=2 steps=5 backward=unrolled", "rate=5.0"),
 }
 

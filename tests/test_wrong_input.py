@@ -62,6 +62,13 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["classifier.fit.optimizer=lion"], ["classifier.fit.optimizer=lion", "'sgd'"]),
         (["defense.beta=-1"], ["defense.beta=-1"]),
         (["defense=chain", "defense@defense.parts.first=rbf"], ["parts.first: replaces the classifier", "parts.last"]),
+        (["+defense.label_smoothing=0.3"], ["defense.label_smoothing", "change nothing", "of a classifier"]),
+        (["+classifier.trained_on={norm:linf,eps:0.1}"], ["classifier.trained_on", "of a defense"]),
+        (["defense=[jpeg,vae]", "+defense.checkpoint=w.pt"], ["defense.checkpoint", "of its parts"]),
+        (
+            ["defense=adversarial_training_free", "defense.trained_on.warmup=0.3"],
+            ["defense.trained_on.warmup=0.3", "change nothing", "Allowed: 0"],
+        ),
         (["dataset=image_folder"], ["dataset.root"]),
         (["dataset=image_folder", "dataset.root=nowhere"], ["dataset.root=nowhere"]),
         (["dataset=mnist", "dataset.root=nowhere", "dataset.download=false"], ["dataset.root=nowhere"]),

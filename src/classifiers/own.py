@@ -6,6 +6,8 @@ import copy
 import hashlib
 import importlib
 import inspect
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +85,27 @@ def _try(network: nn.Module, image: Tensor, num_classes: int, key: str) -> None:
         )
 
 
-def digest(network: nn.Module) -> str:
-    """Of the weights, and of the file that the network's class stands in."""
+def digest(network: nn.Module, model: str = "") -> str:
+    """Of the weights and of the files that its modules' classes stand in, and that ``model`` names.
+
+    Code in further files, which those import, does not count.
+    """
     total = hashlib.blake2b(repr(type(network)).encode(), digest_size=8)
     for name, value in sorted(network.state_dict().items()):
         total.update(name.encode())
         total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    file = inspect.getsourcefile(type(network))
-    if file is not None and Path(file).is_file():
+    for file in sorted(_files(network, model)):
         total.update(file_digest(Path(file)).encode())
     return total.hexdigest()
+
+
+def _files(network: nn.Module, model: str) -> set[str]:
+    source = sys.modules.get(model.partition(":")[0])
+    files = {getattr(source, "__file__", None)}
+    for kind in {type(module) for module in network.modules()}:
+        with suppress(TypeError, OSError):  # typed in by hand, or generated: it stands in no file
+            files.add(inspect.getsourcefile(kind))
+    return {file for file in files if file is not None and Path(file).is_file()}
 
 
 class Normalised(nn.Module):
