@@ -37,7 +37,7 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize(
     ("t_star", "steps", "times"),
-    [(0.2, 4, [199, 149, 99, 49]), (0.1, 1, [99]), (0.5, 3, [500, 333, 166]), (0.003, 3, [2, 1, 0])],
+    [(0.2, 4, [199, 149, 99, 49]), (0.1, 1, [99]), (0.5, 4, [499, 374, 249, 124]), (0.003, 3, [2, 1, 0])],
 )
 def test_steps_divide_the_process_evenly_down_to_the_clean_image(t_star: float, steps: int, times: list[int]) -> None:
     assert make(t_star=t_star, steps=steps).times == times
@@ -126,8 +126,12 @@ def test_a_few_steps_of_training_lower_the_loss() -> None:
 def test_wrong_numbers_are_one_clear_line() -> None:
     with pytest.raises(UserError, match=r"defense.widths=\[8, 12\]: expected multiples of 8"):
         make(widths=(8, 12))
-    with pytest.raises(UserError, match=r"defense.steps=11: expected at most 10"):
+    with pytest.raises(UserError, match=r"defense.steps=11: does not divide the 10 .* such as 2, 5, 10"):
         make(t_star=0.01, steps=11)
+    with pytest.raises(UserError, match=r"defense.steps=50: does not divide the 75 .* such as 15, 25, 75"):
+        make(t_star=0.075, steps=50)
+    with pytest.raises(UserError, match=r"the 0 noise levels"):
+        make(t_star=1e-4, steps=1)
 
 
 def test_the_heavy_import_waits_for_the_class() -> None:

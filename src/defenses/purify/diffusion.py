@@ -26,7 +26,7 @@ class Diffusion(Purifier):
         t_star: how far the image is noised, as a share of the whole process, DDPM's linear one: the paper takes 0.1
             against l-inf 8/255. At 1 nothing of the image would be left. Another ``t_star`` is another
             training; for a smaller one the weights can be given as ``checkpoint`` instead.
-        steps: steps back from there.
+        steps: steps back from there, of equal length.
         eta: noise drawn anew at each step back; 0 is DDIM, 1 DDPM.
         gradient: ``exact`` through all steps, or ``bpda``: the gradient of a single step from ``t_star`` to the clean
             image, which costs an attacker less where there are many.
@@ -43,7 +43,8 @@ class Diffusion(Purifier):
     solver of the reverse SDE, so that its exact gradient needs no adjoint method.
 
     Raises:
-        UserError: widths that are no multiples of 8, or more steps than there are noise levels below ``t_star``.
+        UserError: widths that are no multiples of 8, or steps that do not divide the noise levels up to ``t_star``, a
+            thousand in all: others would end at another ``t_star``.
     """
 
     stochastic = True
@@ -69,9 +70,13 @@ class Diffusion(Purifier):
 
         if any(width % 8 for width in widths):
             raise UserError(f"defense.widths={list(widths)}: expected multiples of 8, the groups of its normalisation")
-        if steps > t_star * TIMES:
+        levels = round(t_star * TIMES)
+        if levels < 1 or levels % steps:
+            fit = [count for count in range(1, levels + 1) if levels % count == 0]
+            near = sorted(sorted(fit, key=lambda count: abs(count - steps))[:3])
             raise UserError(
-                f"defense.steps={steps}: expected at most {int(t_star * TIMES)}, the noise levels of t_star"
+                f"defense.steps={steps}: does not divide the {levels} noise levels up to defense.t_star={t_star:g}. "
+                f"Allowed: a divisor of them{', such as ' if near else ''}{', '.join(map(str, near))}"
             )
         self.gradient = gradient
         self.eta = eta
@@ -88,10 +93,9 @@ class Diffusion(Purifier):
             norm_num_groups=8,
             add_attention=False,
         )
-        # The process as far as t_star and no further, so that the steps divide it evenly.
-        last = steps * round(t_star * TIMES / steps)
-        betas = DDIMScheduler(num_train_timesteps=TIMES).betas[:last].tolist()
-        self.scheduler = DDIMScheduler(num_train_timesteps=last, trained_betas=betas, timestep_spacing="trailing")
+        # The process as far as t_star and no further: the scheduler's steps divide what it is given.
+        betas = DDIMScheduler(num_train_timesteps=TIMES).betas[:levels].tolist()
+        self.scheduler = DDIMScheduler(num_train_timesteps=levels, trained_betas=betas, timestep_spacing="trailing")
         self.scheduler.set_timesteps(steps)
         self.times: list[int] = self.scheduler.timesteps.tolist()
 
