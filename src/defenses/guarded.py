@@ -141,7 +141,10 @@ class DefendedModel(LightningModule):
         return self.classifier(seen) if self._inner is None else self._inner.logits(seen)
 
     def _observed(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits of the classes and what each detection says, of the same draw."""
+        """Logits of the classes and what each detection says, of the same draw of all that stands before both.
+
+        A detection that asks the classifier draws what stands behind it anew.
+        """
         seen = self._own(images)
         logits, scores = (self.classifier(seen), []) if self._inner is None else self._inner._observed(seen)
         return logits, [each.score(images) for each in self._first] + scores

@@ -38,9 +38,10 @@ class AdversarialTraining(Harden):
     - ``mart``: cross-entropy of the attacked images with a margin, and KL(clean || attacked) weighted by how uncertain
       the clean answer is. Wang et al. 2020, https://openreview.net/forum?id=rklOg6EFwS
 
-    Where ours departs from the papers: attacked images are made in eval mode; TRADES' images raise the cross-entropy,
-    like all others, instead of the divergence; the perturbation of ``free`` begins at zero in each epoch, so that a
-    resumed training goes on as an undisturbed one; the two halves of ``fgsm`` go through the network in one batch.
+    Where ours departs from the papers: attacked images, but those of ``free``, are made in eval mode; TRADES' images
+    raise the cross-entropy, like all others, instead of the divergence; the perturbation of ``free`` begins at zero in
+    each epoch, so that a resumed training goes on as an undisturbed one; the two halves of ``fgsm`` go through the
+    network in one batch.
 
     Args:
         fresh: makes a network of the bare classifier's kind, as it is before its training.

@@ -120,6 +120,7 @@ class CWGANGP(WassersteinGAN):
     def references(self) -> Tensor:
         """Points of the class images, ``(classes * draws, D)``, those of a class together."""
         codes, labels = self._codes()
+        self.average.eval()  # also where the defense is guarded as it was built; it is never trained itself
         made = zip(torch.split(codes, CHUNK), torch.split(labels, CHUNK), strict=True)
         return torch.cat([self.embed(self.average(some, kind)) for some, kind in made])
 
