@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -140,10 +140,13 @@ class ThreatModel:
         if self.norm is Norm.LINF:
             delta = delta.clamp(-self.eps, self.eps)
         elif self.norm is Norm.L2:
-            size = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(1e-12)
+            size = self.distance(clean, images).clamp_min(1e-12)
             delta = delta * (self.eps / size).clamp_max(1.0).view(-1, 1, 1, 1)
         elif self.norm is Norm.L1:
-            return (clean + project_l1_box(clean, delta, self.eps)).clamp(0.0, 1.0)
+            delta = project_l1_box(clean, delta, self.eps)
+            moved = (clean + delta).clamp(0.0, 1.0)
+            # Rounding of the sum, up in thousands of pixels, would leave the ball.
+            return torch.where((moved - clean).abs() > delta.abs(), moved.nextafter(clean), moved)
         else:
             delta = (clean + delta).clamp(0.0, 1.0) - clean
             delta = delta * largest_pixels(delta, self.eps)

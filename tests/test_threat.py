@@ -74,6 +74,20 @@ def test_projection_keeps_budget_and_box_and_is_idempotent(norm: Norm, eps: floa
     torch.testing.assert_close(threat.project(clean, images), images, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("norm", "eps"), [(Norm.L1, 12.0), (Norm.L2, 1.0)])
+def test_sums_over_many_pixels_stay_in_the_ball(norm: Norm, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(2, 3, 224, 224, generator=generator).round(decimals=1)
+    threat = ThreatModel(norm=norm, eps=eps)
+    images = clean
+    for _ in range(4):
+        images = threat.project(clean, images + torch.rand(clean.shape, generator=generator) * 1e-2)
+        exact = torch.linalg.vector_norm((images.double() - clean.double()).flatten(1), ord=norm.order, dim=1)
+        assert bool((exact <= eps + threat.slack).all())
+        torch.testing.assert_close(threat.judge(clean, images).double(), exact, atol=1e-6, rtol=1e-6)
+    assert bool((exact > 0.98 * eps).all())
+
+
 def test_distances_by_hand() -> None:
     clean = torch.zeros(1, 2, 2, 2)
     images = clean.clone()
