@@ -138,11 +138,21 @@ def test_hop_skip_jump_halves_a_step_until_it_keeps_the_goal() -> None:
     assert query.forward_passes.tolist() == [3, 1, 6]
 
 
+def three_classes(count: int) -> tuple[Linear, Tensor, Tensor]:
+    """A linear model, and images of which each class has its share."""
+    model = Linear(classes=3, side=4, seed=1)
+    images, _ = middling(model, count, side=4, low=0.0)
+    with torch.no_grad():
+        model.layer.bias -= model(images).mean(dim=0)
+    labels = model(images).argmax(dim=1)
+    assert (labels.bincount(minlength=3) > count / 8).all()
+    return model, images, labels
+
+
 @pytest.mark.parametrize(("norm", "order"), [(Norm.L2, 2), (Norm.LINF, math.inf)])
 def test_a_targeted_walk_starts_from_the_nearest_image_of_the_target(norm: Norm, order: float) -> None:
-    model = Linear(classes=3, side=4, seed=1)
-    images, labels = middling(model, 20, side=4, low=0.0)
-    target = labels.roll(1)
+    model, images, labels = three_classes(20)
+    target = (labels + 1) % 3
     query = Query(model, 20, images.device, torch.float32)
     threat = ThreatModel(norm=norm, eps=math.inf, targeted=True)
     with torch.no_grad():
@@ -151,6 +161,32 @@ def test_a_targeted_walk_starts_from_the_nearest_image_of_the_target(norm: Norm,
     away = away.masked_fill(target[:, None] != labels, math.inf)
     assert found.all()
     assert torch.equal(start, images[away.argmin(dim=1)])
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_a_walk_starts_from_no_image_that_the_model_rejects(targeted: bool) -> None:
+    model, images, labels = three_classes(40)
+    bright = images.mean(dim=(1, 2, 3)).median()
+
+    class Rejects(nn.Module):
+        rejects = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = model(x)
+            over = x.mean(dim=(1, 2, 3)) - bright  # every other image
+            return torch.cat([logits, (logits.amax(dim=1) + 10 * over)[:, None]], dim=1)
+
+    goal = (labels + 1) % 3 if targeted else labels
+    query = Query(Rejects(), 40, images.device, torch.float32)
+    query.goal, query.targeted = goal, targeted
+    threat = ThreatModel(norm=Norm.L2, eps=math.inf, targeted=targeted)
+    start, found = images.clone(), torch.zeros(40, dtype=torch.bool)
+    with torch.no_grad():
+        HopSkipJump()._from_batch(query, images, goal, threat, start, found)
+        said = Rejects()(start).argmax(dim=1)
+    assert found.all()
+    assert torch.equal(said == goal, torch.full((40,), targeted))
+    assert (said < 3).all()
 
 
 def test_images_without_a_start_stay_clean() -> None:

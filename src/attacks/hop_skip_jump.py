@@ -139,9 +139,14 @@ class HopSkipJump(Attack):
         if bool(found.all()):
             return
         everyone = torch.arange(len(x), device=x.device)
-        answer = torch.cat([model.of(rows)(x[rows]).argmax(dim=1) for rows in torch.split(everyone, self.batch_size)])
+        answers = []
+        for rows in torch.split(everyone, self.batch_size):
+            classes, refusal = model.of(rows).apart(x[rows])
+            said = classes.argmax(dim=1)
+            answers.append(said if refusal is None else said.masked_fill(refusal > 0, -1))  # rejected: no class at all
+        answer = torch.cat(answers)
         for rows in torch.split((~found).nonzero().flatten(), self.batch_size):
-            usable = (answer[None] == y[rows, None]) == threat.targeted
+            usable = ((answer[None] == y[rows, None]) == threat.targeted) & (answer[None] >= 0)
             away = torch.cdist(x[rows].flatten(1), x.flatten(1), p=threat.norm.order).masked_fill(~usable, torch.inf)
             nearest = away.argmin(dim=1)
             hit = usable.any(dim=1)
