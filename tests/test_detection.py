@@ -40,6 +40,13 @@ class Brightness(Detector):
         return images.mean(dim=(1, 2, 3))
 
 
+class Rough(Detector):
+    """Suspects images whose neighbouring pixels differ."""
+
+    def score(self, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
+        return images.diff(dim=2).abs().mean(dim=(1, 2, 3)) + images.diff(dim=3).abs().mean(dim=(1, 2, 3))
+
+
 class Change(Detector):
     """Suspects images whose logits are large."""
 
@@ -141,6 +148,19 @@ def test_a_rejected_image_is_never_a_success(attack: Attack, targeted: bool) -> 
         assert (told["prediction"][made.success] == made.prediction[made.success]).all()
         assert made.success.sum() <= free.success.sum()
     assert free.success.any()
+
+
+@pytest.mark.parametrize(
+    "attack", [PGD(steps=20, loss="dlr"), APGD(steps=20, loss="dlr")], ids=lambda a: type(a).__name__
+)
+def test_the_ratio_reaches_a_target_past_a_detector(attack: Attack) -> None:
+    """Rejection stands in for every class but the target: the spread of the largest logits says nothing then."""
+    classifier, x = Linear(side=8, classes=6), images(100, side=8)
+    labels, threat = classifier(x).argmax(dim=1), ThreatModel(norm=Norm.LINF, eps=0.25, targeted=True)
+    defended = frozen(Rough(fpr=0.05).guard(classifier), x).adaptive(1)
+    plain = PGD(steps=20, loss="margin")(defended, x, labels, threat)
+    assert int(plain.success.sum()) > 90
+    assert int(attack(defended, x, labels, threat).success.sum()) >= int(plain.success.sum()) - 3
 
 
 def test_white_box_pgd_gets_past_a_detector_that_catches_gray_box() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -12,7 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from src.attacks.base import Attack, fooled
-from src.attacks.gradients import LOSSES, Loss, dlr_pair, gradient, steepest
+from src.attacks.gradients import LOSSES, gradient, steepest, toward
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
@@ -221,7 +220,8 @@ class APGD(Attack):
 
     def _look(self, model: Query, at: Climb, threat: ThreatModel, *, slope: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, what is to be raised, and its gradient at ``at.now``: means over the draws."""
-        loss: Loss = LOSSES[self.loss] if at.other is None else partial(dlr_pair, other=at.other)
+        folded = model.rejects and threat.targeted
+        loss = LOSSES[self.loss] if at.other is None else toward(at.other, refusal=folded)
         sums: list[Tensor] = []
         for _ in range(self.eot_iter):
             if slope:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,15 @@ def dlr_pair(logits: Tensor, y: Tensor, *, other: Tensor) -> Tensor:
         return difference
     top = logits.topk(4, dim=1).values
     return difference / (top[:, 0] - top[:, 2:].mean(dim=1) + 1e-12)
+
+
+def toward(other: Tensor, *, refusal: bool) -> Loss:
+    """The ratio of :func:`dlr_pair`, or the margin where a targeted attack meets a model that rejects (``refusal``).
+
+    There the logit of rejection stands in for that of every class but the target, so that what the ratio divides by is
+    next to nothing, and raising it counts for more than the target.
+    """
+    return margin if refusal else partial(dlr_pair, other=other)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}

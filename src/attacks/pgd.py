@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -10,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from src.attacks.base import Attack, fooled
-from src.attacks.gradients import LOSSES, dlr, dlr_pair, gradient, steepest
+from src.attacks.gradients import LOSSES, dlr, gradient, steepest, toward
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
 
@@ -105,7 +104,7 @@ class PGD(Attack):
         trend = torch.zeros_like(x) if self.momentum else None
         left = model
         for _ in range(self.steps):
-            loss = self.loss if label is None else partial(dlr_pair, other=label[todo])
+            loss = self.loss if label is None else toward(label[todo], refusal=model.rejects)
             logits, slope = gradient(left, current, y[todo], threat, loss)
             hit = fooled(logits, y[todo], threat)
             done[todo] |= hit
