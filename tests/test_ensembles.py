@@ -14,6 +14,7 @@ from src.attacks.base import Attack
 from src.attacks.combine import attacks_of
 from src.attacks.fgsm import FGSM
 from src.attacks.noise import Noise
+from src.attacks.orthogonal_pgd import OrthogonalPGD
 from src.attacks.pgd import PGD
 from src.attacks.square import Square
 from src.attacks.worst_case import WorstCase
@@ -117,6 +118,36 @@ def test_a_member_without_the_norm_says_so() -> None:
         WorstCase(members=PLAIN)(model, images, labels, ThreatModel(norm="l1", eps=1))
     with pytest.raises(UserError, match="WorstCase has no targeted mode"):
         WorstCase(members={"a": AutoAttack()})(model, images, labels, ThreatModel(norm="l2", eps=1, targeted=True))
+
+
+def test_members_against_rejection_are_asked_for_the_norm_by_models_that_reject() -> None:
+    attack = made("attack=adaptive", "attack.members.square.queries=3")
+    attack.check(Norm.L1)
+    model = curved()
+    images, labels = batch(model, 4)
+    threat = ThreatModel(norm="l1", eps=1)
+    attack(model, images, labels, threat)
+
+    class Rejects(torch.nn.Module):
+        rejects = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([model(x), model(x)[:, :1] * 0 - 99], dim=1)
+
+    with pytest.raises(UserError, match=r"threat\.norm=l1: OrthogonalPGD cannot do it"):
+        attack(Rejects(), images, labels, threat)
+
+
+def test_an_ensemble_is_never_empty() -> None:
+    model = curved()
+    images, labels = batch(model, 8)
+    threat = ThreatModel(norm="linf", eps=0.5)
+    alone, member = WorstCase(members={"only": OrthogonalPGD()}), OrthogonalPGD()
+    assert torch.equal(alone(model, images, labels, threat).images, member(model, images, labels, threat).images)
+    closed = curved()
+    closed.differentiable = False  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"lets no gradient through, and each of members\.a, members\.b needs one"):
+        WorstCase(members={"a": PGD(), "b": FGSM()})(closed, images, labels, threat)
 
 
 def test_every_attack_says_what_it_is_made_of() -> None:

@@ -44,6 +44,18 @@ def test_wrong_input_is_one_clear_line(images: torch.Tensor, labels: torch.Tenso
     assert "\n" not in str(caught.value)
 
 
+def test_labels_of_a_model_that_rejects_are_those_of_its_classes(linear: Linear) -> None:
+    class Rejects(nn.Module):
+        rejects = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([linear(x), torch.zeros(len(x), 1)], dim=1)
+
+    for label in (2, 9):
+        with pytest.raises(UserError, match=f"labels up to {label}, but the model has 2 classes"):
+            PGD()(Rejects(), torch.rand(2, 1, 4, 4), torch.tensor([0, label]), ThreatModel(norm="linf", eps=0.1))
+
+
 def test_norm_the_attack_cannot_do(linear: Linear) -> None:
     with pytest.raises(UserError, match=r"threat\.norm=l0: FGSM cannot do it. Allowed: l2, linf"):
         FGSM()(linear, torch.rand(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64), ThreatModel(norm="l0", eps=1))

@@ -114,6 +114,9 @@ class Query:
             raise UserError("the model returned NaN or infinite logits: it cannot be attacked; check its weights")
         if clean:
             self._clean = logits
+            classes = logits.shape[1] - self.rejects
+            if self.goal is not None and len(logits) and int(self.goal.max()) >= classes:
+                raise UserError(f"labels up to {int(self.goal.max())}, but the model has {classes} classes")
         logits = self._folded(logits)
         if not len(logits) or getattr(self.model, "log_probabilities", False):
             return logits
