@@ -119,7 +119,22 @@ class ThreatModel:
         delta = images - clean
         if self.norm is Norm.L0:
             return (delta != 0).any(dim=1).flatten(1).sum(dim=1).to(delta.dtype)
-        return torch.linalg.vector_norm(delta.flatten(1), ord=self.norm.order, dim=1)
+        size = delta.abs().flatten(1)
+        if self.norm is Norm.LINF:
+            return size.amax(dim=1)
+        # As sums, which torch takes pairwise: the error of a vector_norm of many values is more than `slack`.
+        return size.sum(dim=1) if self.norm is Norm.L1 else size.square().sum(dim=1).sqrt()
+
+    def before_rounding(self, clean: Tensor) -> ThreatModel:
+        """The threat to search under where the outcome is rounded: in linf by whole grey levels, if ``clean`` is so.
+
+        What a search spends beyond the last whole level, rounding takes back.
+        """
+        if not self.quantize or self.norm is not Norm.LINF or not math.isfinite(self.eps):
+            return self
+        if not torch.equal((clean * 255).round() / 255, clean):
+            return self
+        return replace(self, eps=math.floor(self.eps * 255 + 1e-4) / 255)
 
     def radius(self, clean: Tensor) -> float:
         """``eps``, but never more than the unit box is wide in this norm, so that ``inf`` has a finite step."""

@@ -21,6 +21,22 @@ from src.threat import Norm, ThreatModel
 from tests.conftest import Linear
 
 INF = math.inf
+
+
+@pytest.mark.parametrize(
+    "attack", [DeepFool(), FMN(steps=5), FAB(steps=3), CW(steps=5)], ids=lambda a: type(a).__name__
+)
+def test_images_to_learn_from_keep_the_radius(attack: Attack) -> None:
+    """A search for the smallest change knows no radius, and many of its images lie beyond."""
+    model = Linear(classes=3)
+    images = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    labels = model(images).argmax(dim=1)
+    threat = ThreatModel(norm=Norm.L2, eps=0.05)
+    made = attack.perturb(model, images, labels, threat, generator=torch.Generator().manual_seed(0))
+    distance = threat.judge(images, made)
+    assert float(distance.max()) == pytest.approx(0.05, abs=1e-5)
+
+
 DUAL = {Norm.L1: INF, Norm.L2: 2, Norm.LINF: 1}
 CLASSES = 4
 

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -107,8 +107,6 @@ class Attack(ABC):
             query.goal = labels
             images = images.detach().clone()
             logits = query.verdict(images, clean=True)
-            if len(images) and int(labels.max()) >= logits.shape[1]:
-                raise UserError(f"labels up to {int(labels.max())}, but the model has {logits.shape[1]} classes")
             result, prediction = images.clone(), logits.argmax(dim=1)
             attempted = prediction == labels
             goal = inputs.targets(labels, logits.shape[1], generator, target) if threat.targeted else labels
@@ -151,7 +149,8 @@ class Attack(ABC):
             query = Query(model, len(images), images.device, torch.float32 if self.exact else search)
             query.goal = labels
             images = images.detach().clone()
-            return self.run(query, images, labels, threat, generator=generator).detach().to(images.dtype)
+            made = self.run(query, images, labels, threat, generator=generator).detach().to(images.dtype)
+            return threat.project(images, made) if self.minimal else made  # such a search does not know the radius
 
     def _made(
         self, model: Query, clean: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
@@ -177,9 +176,17 @@ class Attack(ABC):
     def _searched(
         self, model: Query, clean: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        found = self.run(model, clean, y, threat, generator=generator).detach().to(clean.dtype)
+        levels = threat.before_rounding(clean)
+        found = self.run(model, clean, y, levels, generator=generator).detach().to(clean.dtype) if levels.eps else clean
         made = self._allowed(clean, found, threat)
         logits = model.verdict(made)
+        if threat.quantize and not self.minimal and not threat.exhaust:
+            # The search stopped at the first image that was turned, and rounding turned that back: now to the end.
+            back = (~fooled(logits, y, threat) & (made != found).flatten(1).any(dim=1)).nonzero().flatten()
+            back = back[fooled(model.of(back).verdict(found[back]), y[back], threat)] if len(back) else back
+            if len(back):
+                on = replace(threat, exhaust=True)
+                made[back], logits[back] = self._searched(model.of(back), clean[back], y[back], on, generator)
         if self.minimal:
             # What was found, not what is left of it: rounding may have taken the whole change back.
             within = threat.distance(clean, found) <= threat.eps + threat.slack
