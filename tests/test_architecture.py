@@ -33,10 +33,10 @@ MAY_IMPORT = {
     "worst": {"records", "sidecars", "checks"},
     "frame": {"records", "checks", "sidecars", "worst", "errors"},
     "report": {"records", "sidecars", "worst", "frame", "tables", "uncertainty", "checks", "errors", "analysis"}
-    | {"report", "retry", "several", "terminal", "tracking"},
+    | {"keys", "report", "retry", "several", "terminal", "tracking"},
     "several": {"errors"},
     "tracking": {"records", "keys", "worst", "frame", "errors", "analysis", "checks", "tracking"},
-    "analysis": {"records", "sidecars", "tables", "checks", "errors", "analysis"},
+    "analysis": {"records", "sidecars", "tables", "worst", "checks", "errors", "analysis"},
     "data": {"threat", "errors", "records", "data"},
     "classifiers": {"errors", "keys", "recipe", "classifiers"},
     "attacks": {"threat", "errors", "build", "attacks"},

@@ -92,6 +92,17 @@ def test_attacks_stand_side_by_side_on_the_same_images(tmp_path: Path) -> None:
     assert side_by_side.side_by_side(group, {}, tmp_path / "b.png") is None
 
 
+def test_attacks_side_by_side_are_on_one_model_and_the_largest_eps_of_each_stands() -> None:
+    a, b = {"stages": {"defense": "a"}}, {"stages": {"defense": "b"}}
+    one = [cell(attack="fgsm", **a), cell(attack="pgd", **a), cell(0.05, attack="pgd", variant="attack.steps=9", **a)]
+    other = [cell(attack="fgsm", **b), cell(attack="pgd", **b, variant="defense.noise=0.5"), cell(attack="pgd", **b)]
+    found = side_by_side.groups([*one, *other])
+    assert [[(r.attack, r.variant, r.eps) for r in group] for group in found.values()] == [
+        [("fgsm", "", 0.1), ("pgd", "", 0.1), ("pgd", "attack.steps=9", 0.05)], [("fgsm", "", 0.1), ("pgd", "", 0.1)],
+    ]  # fmt: skip
+    assert len(set(found)) == 2
+
+
 def test_of_attacks_side_by_side_the_rejected_are_neither_right_nor_wrong(drawn: list[Any], tmp_path: Path) -> None:
     cells = [cell(attack="fgsm"), cell(attack="pgd")]
     for record in cells:

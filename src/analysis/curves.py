@@ -132,13 +132,17 @@ def _legend(figure: Any, legend: dict[str, Any], *, paired: bool) -> None:
 
 def caption(done: Sequence[Record]) -> str:
     """What makes the picture a measurement: how many images, what the bands are, which threat."""
-    counts = sorted({r.n for r in done})
-    n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
+    n = _counts(done)
     attacks = ", ".join(sorted({f"{r.attack} {_NAMES.get(r.norm, r.norm)}" for r in done}))
     aims = {r.targeted for r in done}
     aim = "untargeted" if aims <= {False} else "targeted" if aims == {True} else "untargeted and targeted"
     images = f"{n} {images_judged(done)}. Bands: 95 % Wilson intervals. ε = 0: clean images."
     return f"{images}\nAttack: {attacks or 'none'}, {aim}."
+
+
+def _counts(done: Sequence[Record]) -> str:
+    counts = sorted({r.n for r in done})
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
 
 
 def _on_unreliable(done: Sequence[Record]) -> str:
@@ -209,7 +213,7 @@ def _panel(
     axis.set_xlabel(f"ε ({name}: {unit(first.norm)})" if alone else f"ε ({name})")
     defense = f", defense {defenses[0]}" if alone and len(defenses) == 1 else ""
     targeted = " targeted" if first.targeted else ""
-    separator = ", " if alone else f", n = {first.n:,}\n"
+    separator = ", " if alone else f", n = {_counts(cells)}\n"
     axis.set_title(f"{first.dataset}, {first.classifier}{separator}{first.attack}{targeted}{defense}", loc="left")
 
 

@@ -37,8 +37,12 @@ def choose(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]
     if not ranked:
         return []
     best = max(ranked, key=lambda r: r.eps or 0.0)
-    same = {r.access: r for r in finite if r.gap_key == best.gap_key} | {best.access: best}
+    same = {r.access: r for r in finite if _setting(r) == _setting(best)} | {best.access: best}
     return [same[access] for access in sorted(same)]  # gray_box above white_box
+
+
+def _setting(record: Record) -> tuple[object, ...]:
+    return *record.gap_key, *(record.stages.get(kind) for kind in ("data", "classifier", "defense"))
 
 
 def picture_grid(records: Iterable[Record], folder: Path | Mapping[str, Path], path: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from src import sidecars
 from src.analysis.curves import BLUE, FONT, REJECTED, VERMILLION, paper_style, save_figure
 from src.records import Record
 from src.tables import format_eps
+from src.worst import variant_of
 
 _NEEDED = ("clean", "adversarial", "picture_label", "picture_prediction", "class_names")
 _SHOWN = 8
@@ -23,12 +25,26 @@ def groups(records: Iterable[Record]) -> dict[str, list[Record]]:
     Of a minimal-norm attack the cell without a bound, where there is one, is the smallest change; of others the
     largest eps stands.
     """
-    found: dict[str, dict[str, Record]] = {}
+    found: dict[tuple[str, ...], dict[str, Record]] = {}
     for r in sorted(records, key=store.order):
         if r.status == "done" and r.eps is not None:
-            name = "-".join((r.dataset, r.classifier, r.defense, r.norm, r.access, str(r.seed)))
-            found.setdefault(name, {})[r.attack + (" targeted" if r.targeted else "")] = r
-    return {name: list(cells.values()) for name, cells in found.items() if len(cells) > 1}
+            kinds = ("data", "classifier", "defense", *(["surrogate"] if r.access == "transfer" else []))
+            names = (r.dataset, r.classifier, r.defense, r.norm, r.access, str(r.seed), variant_of(r))
+            made_of = tuple(r.stages.get(kind, "") for kind in kinds)
+            found.setdefault((*names, *made_of), {})[_attack(r)] = r
+    result: dict[str, list[Record]] = {}
+    for key, cells in found.items():
+        if len(cells) > 1:
+            name, copy = "-".join(filter(None, key[:7])), 1
+            while (unique := name if copy == 1 else f"{name}-{copy}") in result:
+                copy += 1  # of other weights under the same name
+            result[unique] = list(cells.values())
+    return result
+
+
+def _attack(record: Record) -> str:
+    change = variant_of(record, attack=True)
+    return record.attack + (" targeted" if record.targeted else "") + (f" ({change})" if change else "")
 
 
 def side_by_side(cells: Sequence[Record], files: Mapping[str, Path], path: Path) -> Path | None:
@@ -50,13 +66,14 @@ def side_by_side(cells: Sequence[Record], files: Mapping[str, Path], path: Path)
     changes = [arrays["adversarial"][:_SHOWN] - clean for _, arrays in rows]
     scale = 0.5 / max(float(max(abs(change).max() for change in changes)), 1e-6)
     with paper_style():
-        figure = Figure(figsize=(1.6 + 0.68 * len(clean), 0.9 + 0.86 * (len(rows) + 1)), dpi=200, layout="constrained")
+        width = 1.6 + 0.68 * len(clean)
+        figure = Figure(figsize=(width, 0.9 + 0.86 * (len(rows) + 1)), dpi=200, layout="constrained")
         axes = figure.subplots(len(rows) + 1, len(clean), squeeze=False)
         _row(axes[0], "clean", clean)
         for line, (record, arrays), change in zip(axes[1:], rows, changes, strict=True):
             _row(
                 line,
-                f"{record.attack}{' targeted' if record.targeted else ''}\nε = {format_eps(record.eps)}",
+                "\n".join([*textwrap.wrap(_attack(record), 22), f"ε = {format_eps(record.eps)}"]),
                 0.5 + scale * change,
             )
             names = arrays["class_names"]
@@ -69,12 +86,13 @@ def side_by_side(cells: Sequence[Record], files: Mapping[str, Path], path: Path)
                 axis.set_title(f"{size:.3g}{word}", fontsize=FONT, color=color, pad=2)
         first = rows[0][0]
         aims = " and ".join(aim for aim, is_so in AIMS if any(record.targeted == is_so for record, _ in rows))
+        change = f" ({variant_of(first)})" if variant_of(first) else ""
         text = (
-            f"n = {len(clean)} images of {first.dataset}, {first.classifier}, defense {first.defense}. Threat model: "
-            f"{aims}, {first.norm}, {first.access}.\nChange x{scale:.3g}, grey = 0; above it its {first.norm} size: "
+            f"n = {len(clean)} images of {first.dataset}, {first.classifier}, defense {first.defense}{change}. "
+            f"Threat model: {aims}, {first.norm}, {first.access}. Change x{scale:.3g}, grey = 0; above it its size: "
             "orange where the defended model is wrong, blue where it is right, grey where it rejects."
         )
-        figure.supxlabel(text, x=0.01, ha="left", fontsize=FONT, color="#333333")
+        figure.supxlabel(textwrap.fill(text, int(14 * width)), x=0.01, ha="left", fontsize=FONT, color="#333333")
         return save_figure(figure, path)
 
 
