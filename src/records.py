@@ -267,7 +267,7 @@ def places(record: Record) -> dict[str, str]:
                 found[f"{key}.{name}"] = "/".join(Path(value).parts[-2:])
             look(value, f"{key}.{name}")
 
-    for group in ("classifier", "surrogate", "defense"):
+    for group in ("classifier", "defense", *(["surrogate"] if record.access == "transfer" else [])):
         look(record.config.get(group), group)
     return found
 

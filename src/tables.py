@@ -73,24 +73,35 @@ class Row:
 def side_by_side(records: Iterable[Record]) -> list[Row]:
     """Pair records that differ in access only, in the order of the table.
 
-    Cells of one access never overwrite each other: what came from other weights, or twice, is its own row.
+    Cells of one access never overwrite each other: what came from other weights, or twice, is its own row. What failed
+    may not know what it would have been made from: it stands in the first row of its setting that lacks the access.
     """
     rows: dict[tuple[object, ...], Row] = {}
+    lost: list[Record] = []
     for record in sorted(records, key=store.order):
+        if record.status == "failed" and not record.stages:
+            lost.append(record)
+            continue
         made_of = tuple(record.stages.get(kind, "") for kind in ("data", "classifier", "defense"))
         copy = 0
         while record.access in (row := rows.setdefault((*record.gap_key, made_of, copy), Row(record))).cells:
             copy += 1
         row.cells[record.access] = record
     alike: dict[tuple[object, ...], list[Row]] = {}
+    for record in lost:
+        settings = (row for row in rows.values() if row.first.gap_key == record.gap_key)
+        lacking = [row for row in settings if record.access not in row.cells]
+        row = lacking[0] if lacking else rows.setdefault((record.key, len(rows)), Row(record))
+        row.cells[record.access] = record
     for row in rows.values():
         alike.setdefault(row.first.gap_key, []).append(row)
     for twins in alike.values():
-        said = [store.places(row.first) for row in twins]
+        twins = [row for row in twins if any(record.config for record in row.cells.values())]
+        said = [{k: v for r in row.cells.values() for k, v in store.places(r).items()} for row in twins]
         differ = sorted(name for name in set().union(*said) if len({each.get(name) for each in said}) > 1)
         for row, each in zip(twins, said, strict=True):
             row.apart = tuple(f"{name}={each[name]}" for name in differ if name in each)
-    return list(rows.values())
+    return sorted(rows.values(), key=lambda row: store.order(row.first))
 
 
 def format_eps(eps: float | None) -> str:

@@ -14,7 +14,7 @@ from src import records as store
 from src import tables
 from src.callbacks import results_table
 from src.errors import UserError
-from tests.cells import cell, pair
+from tests.cells import cell, failed, pair
 
 APP = """
 import os, sys
@@ -112,6 +112,29 @@ def test_rows_that_data_or_weights_alone_tell_apart_say_so() -> None:
     rows = tables.side_by_side([*one, *of("x/a.npz", "y/w.pt")])
     assert sorted(row.variant for row in rows) == ["", "classifier.checkpoint=y/w.pt"]
     assert [row.variant for row in tables.side_by_side(other)] == ["v"]
+
+
+def test_what_failed_stands_beside_what_was_done() -> None:
+    """It failed before it knew what it would be made from."""
+    gray, white = pair(stages={"data": "d", "defense": "w"}, config={"dataset": {"root": "photos"}})
+    lost = failed(access="white_box", key="x")
+    (row,) = tables.side_by_side([lost, gray])
+    assert row.cells == {"gray_box": gray, "white_box": lost}
+    assert row.variant == ""
+    both, alone = tables.side_by_side([gray, white, lost])
+    assert (both.cells, alone.cells) == ({"gray_box": gray, "white_box": white}, {"white_box": lost})
+    assert both.variant == alone.variant == ""
+
+
+def test_each_transfer_figure_has_the_name_of_its_own_surrogate() -> None:
+    def config(weights: str) -> dict[str, object]:
+        return {"config": {"surrogate": {"checkpoint": f"{weights}/w.pt"}}}
+
+    shared = cell(**config("a"))
+    transfers = [cell(access="transfer", right=right, key=w, **config(w)) for w, right in (("c", 30), ("a", 10))]
+    rows = tables.side_by_side([shared, *transfers])
+    said = {row.variant: row.cells["transfer"].correct_attacked for row in rows}
+    assert said == {"surrogate.checkpoint=a/w.pt": 10, "surrogate.checkpoint=c/w.pt": 30}
 
 
 def test_tables_show_what_a_detector_rejects_and_what_is_certified() -> None:
