@@ -140,11 +140,13 @@ def composed(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
 def commands(subject: Sequence[str], records: Sequence[Any]) -> list[str]:
     """Five commands that look further."""
     from src.tables import format_eps
+    from src.threat import parse_eps
 
     base = [] if any(item.startswith("defense=") for item in subject) else ["defense=none"]
     base += list(subject)
     first = records[0]
-    at = [f"threat={first.norm}", f"threat.eps={format_eps(first.eps)}"]
+    eps = format_eps(first.eps)
+    at = [f"threat={first.norm}", f"threat.eps={eps if parse_eps(eps) == first.eps else first.eps}"]
     lines = (
         ["attack=pgd", at[0], "threat.eps=null"],  # the curve over all radii, with pictures
         [f"attack={first.attack}", *at, "checks=full"],  # all test images

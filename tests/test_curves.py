@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from src import records as store
-from src import sidecars, tables
+from src import report, sidecars, tables
 from src.analysis import curves, pictures, points
 from src.records import Record
 from src.report import page
@@ -80,6 +80,25 @@ def test_pictures_show_the_largest_finite_eps_under_both_accesses(tmp_path: Path
     path = pictures.picture_grid(records, tmp_path, tmp_path / "p.png")
     assert path is not None
     assert is_drawn(path)
+
+
+def test_pictures_of_other_weights_are_not_shown_as_one_setting(tmp_path: Path) -> None:
+    records = [r.model_copy(update={"key": f"{w}{r.access}"}) for w in "ab" for r in pair(stages={"defense": w})]
+    for record in records:
+        sidecar(record, tmp_path)
+    shown = pictures.choose(records, sidecars.find([tmp_path]))
+    assert len({record.stages["defense"] for record in shown}) == 1
+    assert len(shown) == 2
+
+
+def test_a_long_setting_makes_no_file_name_too_long(tmp_path: Path) -> None:
+    variant = ",".join(f"attack.argument_{i}={i}" for i in range(20))
+    cells = [r for a in ("fgsm", "pgd") for r in pair(variant=f"{variant},attack.{a}=1", attack=a)]
+    cells = [record.model_copy(update={"key": str(i)}) for i, record in enumerate(cells)]
+    for record in cells:
+        sidecar(record, tmp_path)
+    written = report.write_report(cells, tmp_path, tmp_path / "out")
+    assert len([path for path in written if path.name.startswith("pictures_")]) == 2
 
 
 @pytest.mark.parametrize("channels", [1, 3])

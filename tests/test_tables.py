@@ -216,6 +216,7 @@ def test_pivot_by_any_keys() -> None:
         (["defense"], [], ["eps=0.5"], "robust_accuracy", "no such row. eps has 8/255"),
         (["defense"], [], ["eps=x"], "robust_accuracy", "expected a number"),
         (["defense"], ["attack", "access"], [], "flags", "not a column of numbers"),
+        (["eps"], ["attack", "access"], [], "eps", "--value eps: is in --rows or --cols already"),
     ],
 )
 def test_a_pivot_never_averages_and_says_what_is_wrong(
@@ -226,10 +227,13 @@ def test_a_pivot_never_averages_and_says_what_is_wrong(
 
 
 def test_pivot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for record in pair():
+    for record in [*pair(), cell(attack="fgsm", n=200, right=100)]:
         store.save(record, tmp_path / "records")
-    words = [str(tmp_path), "--rows", "defense", "--cols", "attack,access"]
+    words = [str(tmp_path), "--rows", "defense", "--cols", "attack,access", "--where", "attack=pgd"]
     assert main(words) == 0
+    caption = (tmp_path / "pivot.tex").read_text()
+    assert "pgd (untargeted, linf)" in caption
+    assert "fgsm" not in caption, "what is not in the table is not told of"
     assert {p.name for p in tmp_path.glob("pivot.*")} == {"pivot.csv", "pivot.md", "pivot.tex"}
     assert "35.0" in capsys.readouterr().out
     assert main([str(tmp_path), "--cols", "access"]) == 1

@@ -107,6 +107,17 @@ def test_the_report_compares_seeds_and_defenses(tmp_path: Path) -> None:
     assert len([line for line in text.splitlines() if "| pgd " in line and line.count("|") == 12]) >= 2
 
 
+def test_one_model_under_two_attackers_is_no_two_defenses() -> None:
+    cells = [
+        cell(right, n=100, key=str(right), access="transfer", variant=variant, stages={"surrogate": made})
+        for right, variant, made in (
+            (30, "classifier@surrogate=cnn3", "a"), (40, "classifier@surrogate=lenet", "b"), (50, "", "c"),
+            (60, "threat.quantize=true", "c"),
+        )
+    ]  # fmt: skip
+    assert against_best(cells, {record.key: [True] * 100 for record in cells}) == []
+
+
 def test_a_defense_is_not_compared_under_another_attack_nor_with_itself() -> None:
     cells = [
         cell(right, n=100, defense=defense, key=f"{defense}{steps}", variant=f"attack.steps={steps},defense.x=1")

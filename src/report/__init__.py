@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src import sidecars
+from src.keys import content_key
 from src.records import Record
 
 if TYPE_CHECKING:
     from src.frame import Results
 
 log = logging.getLogger(__name__)
+LONGEST = 120  # characters of a setting in a file's name
 MAX_GRIDS = 12  # picture grids of one report; a sweep over more settings says which it left out
 
 
@@ -137,5 +139,6 @@ def _side_by_side(cells: Sequence[Record], files: Mapping[str, Path], out: Path)
 
 
 def _file(name: str) -> str:
-    """As part of a file's name."""
-    return re.sub(r"[^\w.=-]+", "_", name)
+    """As part of a file's name, which may have 255 bytes: the end of a long one is a digest."""
+    plain = re.sub(r"[^\w.=-]+", "_", name)
+    return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]}_{content_key(name=name)}"

@@ -62,11 +62,13 @@ def _pivot(options: argparse.Namespace, cells: Sequence[Record], out: Path) -> l
     from src.tables import reading
     from src.worst import worst_cases
 
-    rows = frame.to_frame([*cells, *worst_cases(cells, sidecars.find(options.paths))])
-    table = pivot.pivot(pivot.select(rows, options.where), options.rows, options.cols or [], options.value)
+    everything = [*cells, *worst_cases(cells, sidecars.find(options.paths))]
+    chosen = pivot.select(frame.to_frame(everything), options.where)
+    table = pivot.pivot(chosen, options.rows, options.cols or [], options.value)
+    told = [record for record in everything if record.key in set(chosen["key"])]
     print(table.to_string())
     conditions = f" where {', '.join(options.where)}" if options.where else ""
-    return pivot.write(table, out, caption=f"{options.value}{conditions}. {reading(cells).replace('`', '')}")
+    return pivot.write(table, out, caption=f"{options.value}{conditions}. {reading(told).replace('`', '')}")
 
 
 def _relog(words: Sequence[str]) -> int:

@@ -55,7 +55,17 @@ def _but_for_the_defense(record: Record) -> tuple[object, ...]:
     return (
         record.dataset, record.stages.get("data"), record.n, record.classifier, record.attack,
         variant_of(record, attack=True), record.norm, record.eps, record.access, record.targeted, record.seed,
+        record.stages.get("surrogate"), *(i for i in store.changes(record) if store.what(i).startswith(_SETTING)),
     )  # fmt: skip
+
+
+_SETTING = ("threat.", "surrogate", "split")  # of a variant: what is no part of the defended model
+
+
+def _called(record: Record) -> str:
+    """The defense, with weights of the user's own: another file is another defense."""
+    own = [f"{key}={name}" for key, name in store.places(record).items() if key.endswith(".checkpoint")]
+    return " ".join([defense_name(record), *own])
 
 
 def _model(record: Record) -> tuple[object, ...]:
@@ -75,13 +85,14 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
     held = {r.key: found.held for r in done if (found := sidecars.verdicts(r, files.get(r.key))) is not None}
 
     def about(record: Record) -> list[str]:
-        return [record.dataset, record.classifier, record.attack, record.norm, format_eps(record.eps), record.access]
+        data = " ".join(filter(None, [record.dataset, store.places(record).get("dataset.root")]))
+        return [data, record.classifier, record.attack, record.norm, format_eps(record.eps), record.access]
 
     def between(low: float, high: float) -> str:
         return f"[{percent(low)}, {percent(high)}]"
 
     def section(title: str, head: list[str], rows: list[list[str]], text: str, without: Iterable[Record]) -> str:
-        left = [f"{' '.join(about(r))} {defense_name(r)} seed {r.seed}" for r in without if unreliable(r.flags)]
+        left = [f"{' '.join(about(r))} {_called(r)} seed {r.seed}" for r in without if unreliable(r.flags)]
         told = [f"## {title}"]
         if rows:
             told += [tabulate(rows, [*heads, *head], tablefmt="pipe", disable_numparse=True), text]
@@ -94,7 +105,7 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
         "Over seeds",
         ["defense", "seeds", "mean", "95 % interval", "sd"],
         [
-            [*about(each.first), defense_name(each.first), str(each.seeds), percent(each.mean),
+            [*about(each.first), _called(each.first), str(each.seeds), percent(each.mean),
              between(each.low, each.high), percent(each.spread)]
             for each in over_seeds(records)
         ],
@@ -108,7 +119,7 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
         "Over redraws",
         ["defense", "draws", "mean", "sd", "least to most"],
         [
-            [*about(record), defense_name(record), str(len(found)), percent(mean(found)), percent(stdev(found)),
+            [*about(record), _called(record), str(len(found)), percent(mean(found)), percent(stdev(found)),
              f"{percent(min(found))} to {percent(max(found))}"]
             for record, found in zip(drawn, values, strict=True) if not unreliable(record.flags)
         ],
@@ -119,7 +130,7 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
         "Defense against defense",
         ["best", "against", "difference (pp)", "95 % interval", "images only one holds", "p"],
         [
-            [*about(each.best), defense_name(each.best), defense_name(each.other), percent(each.found.difference),
+            [*about(each.best), _called(each.best), _called(each.other), percent(each.found.difference),
              between(each.found.low, each.found.high), f"{each.found.only_first} / {each.found.only_second}",
              f"{each.found.p:.2g}"]
             for each in against_best(records, held)

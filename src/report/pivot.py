@@ -57,6 +57,8 @@ def pivot(
     if value not in table.columns or table[value].dtype.kind not in "fi":
         numbers = [name for name in table.columns if table[name].dtype.kind in "fi"]
         raise UserError(f"--value {value}: not a column of numbers. Expected one of {', '.join(numbers)}")
+    if value in (*rows, *cols):
+        raise UserError(f"--value {value}: is in --rows or --cols already. Expected another column")
     done = table[table["status"] == "done"].copy()
     if done.empty:
         raise UserError("--rows, --cols: no finished cell to show")

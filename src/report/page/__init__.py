@@ -97,10 +97,11 @@ def _title(cells: Sequence[Record]) -> str:
 def _gaps(cells: Sequence[Record]) -> list[float | None]:
     """gray_box minus white_box of each cell's setting, percentage points."""
     sound = [r for r in cells if r.status == "done" and not unreliable(r.flags)]
-    held = {(r.gap_key, tuple(r.stages.items()), r.access): r.robust_accuracy for r in sound}
+    made = dict(zip((r.key for r in cells), _made(cells), strict=True))
+    held = {(r.gap_key, made[r.key], r.access): r.robust_accuracy for r in sound}
     gaps = []
     for r in cells:
-        gray, white = (held.get((r.gap_key, tuple(r.stages.items()), a)) for a in ("gray_box", "white_box"))
+        gray, white = (held.get((r.gap_key, made[r.key], a)) for a in ("gray_box", "white_box"))
         gaps.append(None if gray is None or white is None else round(100 * (gray - white), 2))
     return gaps
 
