@@ -70,6 +70,15 @@ def labels_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return answer
 
 
+def balanced(model: nn.Module) -> nn.Module:
+    """Its last bias set so that the images share the classes: of the network as it is, all are of one, far away."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        model[-1].bias -= model(batch(48)[0]).mean(dim=0)
+    return model.train(training)
+
+
 @pytest.mark.parametrize(("name", "norm"), CASES)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_invariants(name: str, norm: Norm, targeted: bool, small_network: nn.Module) -> None:
@@ -79,7 +88,7 @@ def test_invariants(name: str, norm: Norm, targeted: bool, small_network: nn.Mod
             make(name).check(norm, targeted=True)
         return
     images, _ = batch()
-    labels = labels_of(small_network, images)
+    labels = labels_of(balanced(small_network), images)
     labels[::3] = (labels[::3] + 1) % 5  # wrong from the start
     kept = images.clone()
     small_network.train()
@@ -126,11 +135,12 @@ def test_verdict_is_what_the_model_says_of_the_images(name: str, norm: Norm, sma
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_same_generator_same_images(name: str, norm: Norm, small_network: nn.Module) -> None:
     images, _ = batch()
-    labels = labels_of(small_network, images)
+    labels = labels_of(balanced(small_network), images)
     threat = ThreatModel(norm=norm, eps=EPS[norm])
     one, two = (
         make(name)(small_network, images, labels, threat, generator=torch.Generator().manual_seed(7)) for _ in "ab"
     )
+    assert not torch.equal(one.images, images)
     assert torch.equal(one.images, two.images)
 
 
@@ -216,14 +226,6 @@ def test_pgd_stops_working_on_images_that_are_turned(small_network: nn.Module) -
     assert int(full.success.sum()) >= int(short.success.sum())
 
 
-def test_restarts_never_lose_an_image(small_network: nn.Module) -> None:
-    images, _ = batch(48)
-    labels = labels_of(small_network, images)
-    threat = ThreatModel(norm=Norm.LINF, eps=0.03)
-    one, many = (PGD(steps=5, restarts=k)(small_network, images, labels, threat) for k in (1, 5))
-    assert bool((many.success | ~one.success).all())
-
-
 BY_GRADIENT = [case for case in dict(CASES).items() if make(case[0]).needs == "gradient"]
 
 
@@ -246,8 +248,8 @@ def test_a_callable_without_gradient_is_one_line_though_its_parameters_have_thei
 def test_search_in_bf16_is_judged_in_float32(name: str, norm: Norm, small_network: nn.Module) -> None:
     """What counts is float32's answer, and images that only bf16 takes for turned are searched again."""
     images, _ = batch(24)
-    labels = labels_of(small_network, images)
-    threat = ThreatModel(norm=norm, eps=EPS[norm] * 4)
+    labels = labels_of(balanced(small_network), images)
+    threat = ThreatModel(norm=norm, eps=EPS[norm])
     attack = make(name)
     exact = attack(small_network, images, labels, threat, generator=torch.Generator().manual_seed(0))
     coarse = attack(
@@ -255,6 +257,7 @@ def test_search_in_bf16_is_judged_in_float32(name: str, norm: Norm, small_networ
     )
     assert torch.equal(coarse.prediction, labels_of(small_network, coarse.images))
     assert torch.equal(coarse.success, coarse.prediction != labels)
+    assert int(exact.success.sum()) > 10 or name in WEAK
     assert int(coarse.success.sum()) >= int(exact.success.sum()) - 3
 
 
@@ -279,12 +282,14 @@ DETERMINISTIC = {"fgsm", "mi_fgsm", "orthogonal_pgd", "deepfool", "fab", "fmn", 
 @pytest.mark.parametrize(("name", "norm"), [case for case in ONE_NORM if case[0] in DETERMINISTIC])
 def test_another_batch_size_gives_the_same_verdicts(name: str, norm: Norm, small_network: nn.Module) -> None:
     images, _ = batch(6)
-    labels = labels_of(small_network, images)
+    labels = labels_of(balanced(small_network), images)
+    assert len(labels.unique()) > 2
     threat = ThreatModel(norm=norm, eps=EPS[norm])
     attack = copy.copy(make(name))
     vars(attack).update(steps=min(vars(attack).get("steps", 5), 5))
     whole = attack(small_network, images, labels, threat)
     parts = [attack(small_network, *part, threat) for part in zip(images.split(5), labels.split(5), strict=True)]
+    assert whole.success.any()
     assert torch.equal(torch.cat([part.success for part in parts]), whole.success)
     torch.testing.assert_close(torch.cat([part.distance for part in parts]), whole.distance, rtol=1e-3, atol=1e-4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,22 @@ def test_who_knows_the_noise_finds_the_clean_image(steps: int, eta: float) -> No
     defense.network = Oracle(clean)
     torch.testing.assert_close(defense.purify(torch.rand(2, 1, 8, 8)), clean, atol=1e-4, rtol=0)
     torch.testing.assert_close(defense.surrogate(torch.rand(2, 1, 8, 8)), clean, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_each_step_has_the_noise_of_its_time_and_as_much_of_it_fresh_as_eta_says(eta: float) -> None:
+    """Of variance 1 - a at every step; the share of it that is new is eta^2 (1 - a / a') / (1 - a)."""
+    clean, noises = torch.rand(8, 1, 32, 32), list[torch.Tensor]()
+    defense = make(size=(32, 32), t_star=0.2, steps=4, eta=eta)
+    defense.network = oracle = Oracle(clean)
+    oracle.register_forward_hook(lambda module, inputs, output: noises.append(output.sample))
+    torch.manual_seed(0)
+    defense.purify(clean)
+    kept = oracle.kept[defense.times]
+    assert [float(noise.std()) for noise in noises] == pytest.approx([1.0] * 4, abs=0.03)
+    fresh = eta**2 * (1 - kept[:-1] / kept[1:]) / (1 - kept[:-1])
+    alike = [float((one * other).mean()) for one, other in pairwise(noises)]
+    assert alike == pytest.approx((1 - fresh).sqrt().tolist(), abs=0.03)
 
 
 def test_t_star_decides_how_much_is_left_of_the_image() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src.attacks.base import PUSHES, Attack
+from src.attacks.base import Attack
 from src.threat import Norm, ThreatModel
 from tests.conftest import Linear
 
@@ -45,9 +45,11 @@ def test_a_point_before_the_boundary_is_pushed_on_by_as_little_as_turns_it(
 def test_what_is_too_far_before_it_stays_as_it_was_found(linear: Linear) -> None:
     images = torch.full((1, 1, 4, 4), 0.5)
     labels = linear(images).argmax(dim=1)
-    near, far = (Short(share)(linear, images, labels, ThreatModel(norm="l2", eps=torch.inf)) for share in (0.1, 0.2))
+    normal, logits = linear.layer.weight[0] - linear.layer.weight[1], linear(images)
+    away = ((logits[:, 0] - logits[:, 1]) / normal.norm()).abs()
+    far = Short(0.2)(linear, images, labels, ThreatModel(norm="l2", eps=torch.inf))
     assert not far.success.any()
-    assert 0 < float(far.distance) < float(near.distance) / (1 + max(PUSHES)) * 1.05
+    torch.testing.assert_close(far.distance, 0.8 * away, rtol=1e-5, atol=0)
 
 
 def test_where_pixels_are_rounded_it_is_pushed_on_further(linear: Linear) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from src.attacks.apgd import APGD
+from src.attacks.base import Attack
+from src.attacks.pgd import PGD
 from src.attacks.query import Query
-from src.threat import ThreatModel
+from src.threat import Norm, ThreatModel
+from tests.test_apgd_path import Hills
 
 
 class Bowls(nn.Module):
@@ -111,3 +117,17 @@ def test_passes_of_versions_are_counted_for_their_image() -> None:
     assert query.forward_passes.tolist() == [0, 2, 0, 6]
     assert query.backward_passes.tolist() == [0, 2, 0, 6]
     assert view.batch == 4
+
+
+@pytest.mark.parametrize("norm", [Norm.LINF, Norm.L2, Norm.L1])
+@pytest.mark.parametrize(
+    "attack",
+    [partial(PGD, steps=5, step=0.005), *(partial(APGD, steps=8, loss=loss) for loss in ("ce", "dlr", "dlr_targeted"))],
+    ids=("pgd", "ce", "dlr", "dlr_targeted"),
+)
+def test_restarts_turn_more_and_never_lose_an_image(attack: Callable[..., Attack], norm: Norm) -> None:
+    model, images = Hills(-2.0), torch.linspace(0.2, 0.8, 40).view(-1, 1, 1, 1)
+    labels, threat = torch.zeros(40, dtype=torch.int64), ThreatModel(norm=norm, eps=0.1)
+    one, many = (attack(restarts=count)(model, images, labels, threat) for count in (1, 4))
+    assert bool((many.success | ~one.success).all())
+    assert 0 < int(one.success.sum()) < int(many.success.sum())
