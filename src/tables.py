@@ -88,20 +88,22 @@ def side_by_side(records: Iterable[Record]) -> list[Row]:
             copy += 1
         row.cells[record.access] = record
     alike: dict[tuple[object, ...], list[Row]] = {}
-    for record in lost:
-        settings = (row for row in rows.values() if row.first.gap_key == record.gap_key)
-        lacking = [row for row in settings if record.access not in row.cells]
-        row = lacking[0] if lacking else rows.setdefault((record.key, len(rows)), Row(record))
-        row.cells[record.access] = record
     for row in rows.values():
         alike.setdefault(row.first.gap_key, []).append(row)
-    for twins in alike.values():
-        twins = [row for row in twins if any(record.config for record in row.cells.values())]
+    for record in lost:
+        settings = alike.setdefault(record.gap_key, [])
+        lacking = [row for row in settings if record.access not in row.cells]
+        if not lacking:
+            lacking = [Row(record)]
+            settings += lacking
+        lacking[0].cells[record.access] = record
+    for settings in alike.values():
+        twins = [row for row in settings if any(record.config for record in row.cells.values())]
         said = [{k: v for r in row.cells.values() for k, v in store.places(r).items()} for row in twins]
         differ = sorted(name for name in set().union(*said) if len({each.get(name) for each in said}) > 1)
         for row, each in zip(twins, said, strict=True):
             row.apart = tuple(f"{name}={each[name]}" for name in differ if name in each)
-    return sorted(rows.values(), key=lambda row: store.order(row.first))
+    return sorted((row for settings in alike.values() for row in settings), key=lambda row: store.order(row.first))
 
 
 def format_eps(eps: float | None) -> str:
