@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.records import what
 from src.target import kept, subject_of
+from src.variant import group_of
 
 FIXED = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 RADII = ("linf", "l2")
@@ -85,7 +85,7 @@ def audit(options: argparse.Namespace) -> str:
     common = ["defense=none", "checks=full", "threat.eps=null", *FIXED, limit, *subject]
 
     # The model first, with an attack that asks nothing of it: which attack suits it is known then.
-    model = [item for item in common if what(item).partition(".")[0] not in ("attack", "threat")]
+    model = [item for item in common if group_of(item) not in ("attack", "threat")]
     job, chosen = composed([*model, "attack=noise", "threat=linf", "threat.eps=0"])
     names = Names(**{kind: chosen[kind] for kind in ("dataset", "classifier", "defense")}, attack="noise")
     stages = Stages(Path(job.paths.artifacts))

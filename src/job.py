@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src import config, leaving, place, records, retry, several
+from src import config, leaving, place, records, retry, several, variant
 from src.errors import UserError
 from src.keys import content_key
 from src.records import Record
@@ -25,27 +25,7 @@ from src.threat import parse_eps_list
 
 log = logging.getLogger(__name__)
 
-_ADDED = ("+experiment=", "+sweep=", "+debug=")  # groups without a default: they cannot be chosen without the plus
-# Overrides of these say what is measured, not where or how it is run. `checks` and `eval_batch_size` are absent: they
-# change no more of a cell than how closely it is looked at, and its draws. Of trainer and callbacks: records.teaches.
-MEASURED = (
-    *_ADDED,
-    "classifier@",
-    "defense@",
-    "attack@",
-    "surrogate.",
-    "split",
-    "eot_draws",
-    "search_precision",
-    "threat.quantize",
-    "dataset.",
-    "classifier.",
-    "defense.",
-    "attack.",
-    "limit.",
-)
 FAILED = "failed-"  # how the keys of cells that failed begin
-PLACES = ("root", "cache", "workers", "memory_limit_gib", "download", "checkpoint")
 
 
 def run(cfg: DictConfig, settings: str) -> None:
@@ -177,19 +157,7 @@ def explain(error: BaseException) -> str:
 def names_of(choices: Mapping[str, Any], task: Iterable[str]) -> dict[str, str]:
     """What a cell is called, by what was chosen for it and the overrides of its job."""
     names = {group: str(choices.get(group) or "?") for group in ("dataset", "classifier", "defense", "attack")}
-    # A plus says how a key is set, not to what. Of "~key" a sweep makes "~key=null".
-    overrides = [
-        item.split("=")[0] if item.startswith("~") else item if item.startswith(_ADDED) else item.lstrip("+")
-        for item in task
-    ]
-    last = {item.split("=")[0]: item for item in overrides}  # of a key given twice
-    variant = [
-        item
-        for item in sorted(last.values())
-        if records.teaches(item)
-        or (item.lstrip("~").startswith(MEASURED) and item.split("=")[0].rsplit(".", 1)[-1] not in PLACES)
-    ]
-    return names | {"variant": ",".join(variant)}
+    return names | {"variant": variant.of_task(task)}
 
 
 def _failed(

@@ -11,9 +11,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -23,12 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from src.errors import UserError
 
 SCHEMA_VERSION = 4  # 2: checks, redraws; 3: digest; 4: memory
-# Of the trainer and the callbacks: where it runs and what is shown of it. The rest changes what is learnt.
-_PLACED = (
-    "accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary", "detect_anomaly",
-    "profiler", "default_root_dir",
-)  # fmt: skip
-_SHOWN = "src.callbacks.progress.Progress"  # under the name "progress"
 
 
 class Record(BaseModel):
@@ -105,6 +98,16 @@ class Record(BaseModel):
             self.dataset, self.classifier, self.defense, self.attack, self.norm,
             self.eps, self.seed, self.targeted, self.variant,
         )  # fmt: skip
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Content keys of the data and the models: cells of the same names may be of other ones."""
+        return tuple(self.stages.get(kind, "") for kind in ("data", "classifier", "defense"))
+
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        """:attr:`weights` and, under transfer, the surrogate: the other accesses never meet it."""
+        return *self.weights, *([self.stages.get("surrogate", "")] if self.access == "transfer" else [])
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """95 % Wilson interval of the share that the field ``name`` is; None where it is not known."""
@@ -249,58 +252,3 @@ def order(record: Record) -> tuple[object, ...]:
         record.dataset, record.classifier, record.defense, record.attack, record.norm,
         record.targeted, record.variant, record.seed, eps, record.access,
     )  # fmt: skip
-
-
-def places(record: Record) -> dict[str, str]:
-    """Files of its data and of weights of the user's own, by config key: the variant names no places.
-
-    Their last names alone, since folders differ between machines; of weights with the folder, many are `weights.pt`.
-    """
-    found: dict[str, str] = {}
-    root = (record.config.get("dataset") or {}).get("root")
-    if root and root != (record.config.get("paths") or {}).get("data"):  # else it is where downloads lie
-        found["dataset.root"] = Path(root).name
-
-    def look(node: Any, key: str) -> None:
-        for name, value in node.items() if isinstance(node, dict) else ():
-            if name == "checkpoint" and isinstance(value, str):
-                found[f"{key}.{name}"] = "/".join(Path(value).parts[-2:])
-            look(value, f"{key}.{name}")
-
-    for group in ("classifier", "defense", *(["surrogate"] if record.access == "transfer" else [])):
-        look(record.config.get(group), group)
-    return found
-
-
-def what(item: str) -> str:
-    """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
-    return item.lstrip("+~").partition("=")[0].rpartition("@")[2]
-
-
-def teaches(item: str) -> bool:
-    """Whether an override of the trainer or the callbacks changes what is learnt; a choice of theirs does not say."""
-    group, name = [*what(item).split("."), ""][:2]
-    return bool(name) and (name not in _PLACED if group == "trainer" else group == "callbacks" and name != "progress")
-
-
-def beside(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes a training beside its recipe: arguments of the Trainer and callbacks that the user has added."""
-    trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name not in _PLACED}
-    if trainer.get("_target_") == "pytorch_lightning.Trainer":
-        del trainer["_target_"]
-    nodes = (config.get("callbacks") or {}).items()
-    callbacks = {name: node for name, node in nodes if (node or {}).get("_target_") != _SHOWN}
-    found = {"trainer": trainer, "callbacks": callbacks}
-    return {name: value for name, value in found.items() if value}
-
-
-def changes(record: Record) -> list[str]:
-    """The overrides of its variant; a comma in brackets, braces or quotes parts none."""
-    found, depth = [""], 0
-    for token in re.findall(r"""\\.|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", record.variant, re.DOTALL):
-        depth += (token in "([{") - (token in ")]}")
-        if token == "," and depth == 0:
-            found.append("")
-        else:
-            found[-1] += token
-    return [item for item in found if item]

@@ -15,6 +15,7 @@ from pathlib import Path
 from src import records as store
 from src.checks.flags import unreliable, why_unreliable
 from src.records import Record
+from src.variant import places
 
 
 @dataclass
@@ -82,9 +83,8 @@ def side_by_side(records: Iterable[Record]) -> list[Row]:
         if record.status == "failed" and not record.stages:
             lost.append(record)
             continue
-        made_of = tuple(record.stages.get(kind, "") for kind in ("data", "classifier", "defense"))
         copy = 0
-        while record.access in (row := rows.setdefault((*record.gap_key, made_of, copy), Row(record))).cells:
+        while record.access in (row := rows.setdefault((*record.gap_key, record.weights, copy), Row(record))).cells:
             copy += 1
         row.cells[record.access] = record
     alike: dict[tuple[object, ...], list[Row]] = {}
@@ -99,7 +99,7 @@ def side_by_side(records: Iterable[Record]) -> list[Row]:
         lacking[0].cells[record.access] = record
     for settings in alike.values():
         twins = [row for row in settings if any(record.config for record in row.cells.values())]
-        said = [{k: v for r in row.cells.values() for k, v in store.places(r).items()} for row in twins]
+        said = [{k: v for r in row.cells.values() for k, v in places(r).items()} for row in twins]
         differ = sorted(name for name in set().union(*said) if len({each.get(name) for each in said}) > 1)
         for row, each in zip(twins, said, strict=True):
             row.apart = tuple(f"{name}={each[name]}" for name in differ if name in each)

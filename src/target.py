@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.records import beside, teaches, what
+from src.variant import beside, teaches, what
 
 KEPT = (
     "dataset",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule
 
-from src import fit, records, thresholds
+from src import fit, thresholds
 from src.build import asked, build
 from src.callbacks.attack_callback import AttackCallback
 from src.classifiers import own
@@ -27,6 +27,7 @@ from src.recipe import Recipe
 from src.stages import Stages
 from src.threat import Norm, ThreatModel, parse_eps
 from src.tracking import NoTracker
+from src.variant import beside
 from src.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class Workshop:
             "source": source_digest(
                 type(module), *networks_of(module), Recipe, augment, loaders, within="src.defenses"
             ),
-            **records.beside(vars(self.job)),
+            **beside(vars(self.job)),
         }
         prefix = group.replace(".parts.", "_")
         key = self.made[prefix] = content_key(**about)

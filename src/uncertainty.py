@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from src import records as store
 from src.records import Record
+from src.variant import places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class OverSeeds:
 
 def but_for_the_seed(record: Record) -> tuple[object, ...]:
     """All that tells a cell from others but its seed; other data or weights of one's own are no other seed."""
-    return *record.model_copy(update={"seed": 0}).gap_key, record.access, *sorted(store.places(record).items())
+    return *record.model_copy(update={"seed": 0}).gap_key, record.access, *sorted(places(record).items())
 
 
 def over_seeds(records: Iterable[Record]) -> list[OverSeeds]:

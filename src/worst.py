@@ -14,13 +14,13 @@ from src import records as store
 from src import sidecars
 from src.checks.flags import unreliable
 from src.records import Record
+from src.variant import variant_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 WORST = "worst_of_all"  # what stands in the column of the attack
-_OF_THE_ATTACK = ("attack", "eot_draws", "search_precision")
 
 
 def worst_cases(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]:
@@ -42,17 +42,10 @@ def worst_cases(records: Iterable[Record], files: Mapping[str, Path]) -> list[Re
 
 
 def _threat(record: Record) -> tuple[object, ...]:
-    made_of = tuple(record.stages.get(kind, "") for kind in ("data", "classifier", "defense", "surrogate"))
     return (
         record.dataset, record.classifier, record.defense, variant_of(record), record.norm, record.eps, record.access,
-        record.seed, record.targeted, record.n, made_of,
+        record.seed, record.targeted, record.n, record.made_of,
     )  # fmt: skip
-
-
-def variant_of(record: Record, *, attack: bool = False) -> str:
-    """The overrides that are the model's, or those that are the attack's."""
-    said = ((item, store.what(item).partition(".")[0]) for item in store.changes(record))
-    return ",".join(item for item, kind in said if (kind in _OF_THE_ATTACK) == attack)
 
 
 def _name(record: Record) -> str:

@@ -42,7 +42,7 @@ def choose(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]
 
 
 def _setting(record: Record) -> tuple[object, ...]:
-    return *record.gap_key, *(record.stages.get(kind) for kind in ("data", "classifier", "defense"))
+    return *record.gap_key, *record.weights
 
 
 def picture_grid(records: Iterable[Record], folder: Path | Mapping[str, Path], path: Path) -> Path | None:

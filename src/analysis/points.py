@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from src import records as store
 from src.checks.flags import unreliable
 from src.records import Record
+from src.variant import group_of, overrides_of
 
 BARE = "no defense"
 
@@ -36,7 +37,7 @@ def bare_name(record: Record) -> str:
         return ""
     access = "" if record.access in ("gray_box", "white_box") else f", {record.access}"
     others = ("defense", "eot_draws", *(() if record.access == "transfer" else ("surrogate",)))
-    change = ",".join(item for item in store.changes(record) if store.what(item).partition(".")[0] not in others)
+    change = ",".join(item for item in overrides_of(record) if group_of(item) not in others)
     return f"{BARE}{access}{f' ({change})' if change else ''}"
 
 
@@ -45,7 +46,7 @@ def bare_lines(cells: Sequence[Record]) -> list[tuple[str, tuple[Point, ...]]]:
     groups: dict[tuple[str, int, tuple[str, ...]], list[Record]] = {}
     for record in cells:
         if name := bare_name(record):
-            groups.setdefault((name, record.seed, _made_of(record, "data", "classifier")), []).append(record)
+            groups.setdefault((name, record.seed, record.weights[:2]), []).append(record)
     return [(name, points) for (name, *_), group in groups.items() if (points := bare_points(group))]
 
 
@@ -53,16 +54,11 @@ def defended_lines(cells: Sequence[Record]) -> list[tuple[Record, tuple[Point, .
     """Of each defense under each access, seed and set of weights, with the first cell of each."""
     groups: dict[tuple[object, ...], dict[float | None, Record]] = {}
     for record in (r for r in cells if r.defense != "none"):
-        kinds = ("data", "classifier", "defense", *(["surrogate"] if record.access == "transfer" else []))
-        same, copy = (defense_name(record), record.access, record.seed, _made_of(record, *kinds)), 0
+        same, copy = (defense_name(record), record.access, record.seed, record.made_of), 0
         while record.eps in (group := groups.setdefault((*same, copy), {})):
             copy += 1  # what was measured twice is a line of its own: none hides another
         group[record.eps] = record
     return [(next(iter(group.values())), _points(list(group.values()))) for group in groups.values()]
-
-
-def _made_of(record: Record, *kinds: str) -> tuple[str, ...]:
-    return tuple(record.stages.get(kind, "") for kind in kinds)
 
 
 def _points(group: Sequence[Record]) -> tuple[Point, ...]:

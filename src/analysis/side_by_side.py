@@ -12,7 +12,7 @@ from src import sidecars
 from src.analysis.curves import BLUE, FONT, REJECTED, VERMILLION, paper_style, save_figure
 from src.records import Record
 from src.tables import format_eps
-from src.worst import variant_of
+from src.variant import variant_of
 
 _NEEDED = ("clean", "adversarial", "picture_label", "picture_prediction", "class_names")
 _SHOWN = 8
@@ -28,10 +28,8 @@ def groups(records: Iterable[Record]) -> dict[str, list[Record]]:
     found: dict[tuple[str, ...], dict[str, Record]] = {}
     for r in sorted(records, key=store.order):
         if r.status == "done" and r.eps is not None:
-            kinds = ("data", "classifier", "defense", *(["surrogate"] if r.access == "transfer" else []))
             names = (r.dataset, r.classifier, r.defense, r.norm, r.access, str(r.seed), variant_of(r))
-            made_of = tuple(r.stages.get(kind, "") for kind in kinds)
-            found.setdefault((*names, *made_of), {})[_attack(r)] = r
+            found.setdefault((*names, *r.made_of), {})[_attack(r)] = r
     result: dict[str, list[Record]] = {}
     for key, cells in found.items():
         if len(cells) > 1:

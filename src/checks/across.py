@@ -84,9 +84,9 @@ CHECKS: dict[str, Check] = {
 
 
 def _subject(record: Record) -> tuple[object, ...]:
-    weights = tuple(record.stages.get(kind, "") for kind in ("data", "classifier", "defense"))
     return (
-        record.dataset, record.classifier, record.defense, record.norm, record.seed, record.targeted, record.n, weights,
+        record.dataset, record.classifier, record.defense, record.norm, record.seed, record.targeted, record.n,
+        record.weights,
     )  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from src import records as store
 from src import several
 from src.records import Record
+from src.variant import beside, group_of, overrides_of, what
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 _GROUPS = ("dataset", "classifier", "defense", "attack")
@@ -32,7 +32,7 @@ def command(record: Record) -> str:
     radius = [] if record.eps is None else [f"threat.eps={_value(record.eps)}"]
     asked = [*radius, *([f"threat.access={record.access}"] if record.access else [])]
     if not record.config:
-        changes = [_typed(item, *choices) for item in store.changes(record)]
+        changes = [_typed(item, *choices) for item in overrides_of(record)]
         changes += [f"seed={record.seed}", *(["threat.targeted=true"] if record.targeted else [])]
     else:
         changes = list(_changes(record))
@@ -49,7 +49,7 @@ def _typed(item: str, *choices: str) -> str:
 
 def _changes(record: Record) -> Iterator[str]:
     """The overrides of the variant, and what else it takes to come to the config."""
-    said = store.changes(record)
+    said = overrides_of(record)
     added = tuple(item for item in said if item.startswith("+"))  # an experiment, if conf/ still has it
     if _composed(*added) is None:
         added = ()
@@ -72,7 +72,7 @@ def _chooses(item: str) -> bool:
 
 def _same(item: str, change: str) -> bool:
     """Whether two overrides are of one key, or one is of a part of the other; a choice has parts of its own."""
-    one, other = store.what(item), store.what(change)
+    one, other = what(item), what(change)
     return one == other or f"{other}.".startswith(f"{one}.") or ("." in other and f"{one}.".startswith(f"{other}."))
 
 
@@ -80,7 +80,7 @@ def _parts(record: Record, items: Iterable[str], added: tuple[str, ...]) -> dict
     """Root of a key → what is chosen below it, such as a part of a chain or the surrogate, where conf/ still has it."""
     found: dict[str, tuple[str, ...]] = {}
     for item in items:
-        root = store.what(item).partition(".")[0]
+        root = group_of(item)
         before = (*([f"{root}={getattr(record, root)}"] if root in _GROUPS else []), *added, *found.get(root, ()))
         typed = _typed(item, *before)
         if _composed(*before, typed) is not None:
@@ -107,7 +107,7 @@ def _differences(record: Record, added: tuple[str, ...], parts: Mapping[str, tup
         if chosen is not None:  # a choice that is no longer in conf/ has its name only
             yield from _difference(group, chosen[group], config.get(group, {}))
     yield from _nearest("trainer", "trainer=", config.get("trainer"), context, added)
-    yield from _difference("callbacks", {}, store.beside(config).get("callbacks", {}))
+    yield from _difference("callbacks", {}, beside(config).get("callbacks", {}))
     if parts.get("surrogate"):
         chosen = _base("surrogate", context, *added, *parts["surrogate"]) or {}
         yield from _difference("surrogate", chosen.get("surrogate") or {}, config.get("surrogate") or {})

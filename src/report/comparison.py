@@ -17,7 +17,7 @@ from src.checks.flags import unreliable
 from src.records import Record
 from src.tables import format_eps, percent
 from src.uncertainty import Paired, but_for_the_seed, over_seeds, paired
-from src.worst import variant_of
+from src.variant import overrides_of, places, variant_of, what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def _but_for_the_defense(record: Record) -> tuple[object, ...]:
     return (
         record.dataset, record.stages.get("data"), record.n, record.classifier, record.attack,
         variant_of(record, attack=True), record.norm, record.eps, record.access, record.targeted, record.seed,
-        record.stages.get("surrogate"), *(i for i in store.changes(record) if store.what(i).startswith(_SETTING)),
+        record.stages.get("surrogate"), *(i for i in overrides_of(record) if what(i).startswith(_SETTING)),
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ _SETTING = ("threat.", "surrogate", "split")  # of a variant: what is no part of
 
 def _called(record: Record) -> str:
     """The defense, with weights of the user's own: another file is another defense."""
-    own = [f"{key}={name}" for key, name in store.places(record).items() if key.endswith(".checkpoint")]
+    own = [f"{key}={name}" for key, name in places(record).items() if key.endswith(".checkpoint")]
     return " ".join([defense_name(record), *own])
 
 
@@ -85,7 +85,7 @@ def to_markdown(records: Sequence[Record], files: Mapping[str, Path]) -> str:
     held = {r.key: found.held for r in done if (found := sidecars.verdicts(r, files.get(r.key))) is not None}
 
     def about(record: Record) -> list[str]:
-        data = " ".join(filter(None, [record.dataset, store.places(record).get("dataset.root")]))
+        data = " ".join(filter(None, [record.dataset, places(record).get("dataset.root")]))
         return [data, record.classifier, record.attack, record.norm, format_eps(record.eps), record.access]
 
     def between(low: float, high: float) -> str:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from src.checks.flags import unreliable, why_unreliable
 from src.keys import content_key
-from src.records import Record, beside
+from src.records import Record
 from src.tracking import NoTracker, Tracker
+from src.variant import beside
 
 log = logging.getLogger(__name__)
 # Where and how a job runs, not what it is; of trainer and callbacks, what changes a training counts all the same.

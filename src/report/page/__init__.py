@@ -111,8 +111,7 @@ def _made(cells: Sequence[Record]) -> list[str]:
     seen: Counter[tuple[object, ...]] = Counter()
     found = []
     for r in cells:
-        kinds = ("data", "classifier", "defense", *(["surrogate"] if r.access == "transfer" else []))
-        made = " ".join(r.stages.get(kind, "")[:8] for kind in kinds)
+        made = " ".join(key[:8] for key in r.made_of)
         found.append(f"{made} {seen[r.gap_key, r.access, made]}")
         seen[r.gap_key, r.access, made] += 1
     return found
