@@ -159,13 +159,14 @@ class ThreatModel:
             delta = delta * (self.eps / size).clamp_max(1.0).view(-1, 1, 1, 1)
         elif self.norm is Norm.L1:
             delta = project_l1_box(clean, delta, self.eps)
-            moved = (clean + delta).clamp(0.0, 1.0)
-            # Rounding of the sum, up in thousands of pixels, would leave the ball.
-            return torch.where((moved - clean).abs() > delta.abs(), moved.nextafter(clean), moved)
         else:
             delta = (clean + delta).clamp(0.0, 1.0) - clean
             delta = delta * largest_pixels(delta, self.eps)
-        return (clean + delta).clamp(0.0, 1.0)
+        moved = (clean + delta).clamp(0.0, 1.0)
+        if self.norm not in (Norm.L1, Norm.L2):
+            return moved
+        # Rounding of the sum, up in thousands of pixels, would leave the ball.
+        return torch.where((moved - clean).abs() > delta.abs(), moved.nextafter(clean), moved)
 
     def to_8_bit(self, clean: Tensor, images: Tensor) -> Tensor:
         """Images on the grid of 8-bit pixels; where rounding would leave the budget, rounded toward ``clean``.

@@ -76,6 +76,11 @@ def places(record: Record) -> dict[str, str]:
     return found
 
 
+def own_weights(record: Record) -> list[str]:
+    """Weights of the user's own that it was measured with, as overrides."""
+    return [f"{key}={name}" for key, name in places(record).items() if key.endswith(".checkpoint")]
+
+
 def what(item: str) -> str:
     """What an override is about: ``defense.parts.first`` of ``defense@defense.parts.first=jpeg``."""
     return item.lstrip("+~").partition("=")[0].rpartition("@")[2]

@@ -66,6 +66,22 @@ def test_no_point_of_a_curve_hides_another(tmp_path: Path) -> None:
     assert is_drawn(curves.robustness_curve([*steps, *accesses, *weights], tmp_path / "c.png"))
 
 
+def test_weights_of_ones_own_have_names_of_their_own(drawn: list[Any], tmp_path: Path) -> None:
+    def measured(*names: str) -> list[Record]:
+        return [cell(right=n, key=name, config=own(name)) for n, name in enumerate(names)]
+
+    def own(name: str) -> dict[str, Any]:
+        return {"defense": {"checkpoint": f"runs/{name}/weights.pt"}}
+
+    curves.robustness_curve(measured("a", "b"), tmp_path / "c.png")
+    curves.robustness_curve(measured("a", "a"), tmp_path / "c.png")
+    apart, alike = ([text.get_text() for text in figure.legends[0].get_texts()] for figure in drawn)
+    assert [f"vae (defense.checkpoint={name}/weights.pt), gray_box" in apart for name in "ab"] == [True, True]
+    assert "gray_box" in alike
+    said = [figure._supxlabel.get_text() for figure in drawn]
+    assert ["With defense.checkpoint=a/weights.pt." in text for text in said] == [False, True]
+
+
 def test_the_same_records_draw_the_same_bytes(tmp_path: Path) -> None:
     first, second = (curves.robustness_curve(pair(), tmp_path / name) for name in ("a.png", "b.png"))
     assert first.read_bytes() == second.read_bytes()

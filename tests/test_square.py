@@ -174,6 +174,14 @@ def test_l2_fills_the_budget_where_the_box_leaves_room() -> None:
     assert float(attacked.distance.min()) == pytest.approx(0.02, rel=1e-4)
 
 
+def test_large_flat_images_stay_in_the_ball() -> None:
+    """The judge refuses what leaves it: rounding all one way, over so many pixels, would."""
+    images = torch.linspace(0.26, 0.49, 8).view(-1, 1, 1, 1).repeat(1, 3, 224, 224)
+    model = nn.Sequential(nn.AvgPool2d(224), nn.Flatten())
+    attacked = Square(queries=40)(model, images, model(images).argmax(dim=1), ThreatModel(norm="l2", eps=1.0))
+    assert bool((attacked.distance <= 1 + 1e-6).all())
+
+
 @pytest.mark.parametrize(("rescale", "queries"), [(False, 5000), (True, 10_000)])
 def test_squares_shrink_as_the_paper_says(rescale: bool, queries: int) -> None:
     attack = Square(queries=queries, rescale_schedule=rescale)

@@ -88,6 +88,16 @@ def test_sums_over_many_pixels_stay_in_the_ball(norm: Norm, eps: float) -> None:
     assert bool((exact > 0.98 * eps).all())
 
 
+def test_flat_images_whose_sums_all_round_upwards_stay_in_the_ball() -> None:
+    values = torch.linspace(0.1, 0.9, 40)
+    clean = values.view(-1, 1, 1, 1).expand(-1, 3, 224, 224)
+    threat = ThreatModel(norm="l2", eps=1.0)
+    images = threat.project(clean, clean + 0.1)
+    exact = torch.linalg.vector_norm((images.double() - clean.double()).flatten(1), dim=1)
+    assert bool((exact <= 1 + 1e-6).all())
+    assert bool((exact > 0.999).all())
+
+
 def test_distances_by_hand() -> None:
     clean = torch.zeros(1, 2, 2, 2)
     images = clean.clone()

@@ -11,7 +11,7 @@ from typing import Any
 
 from src import records as store
 from src.analysis.curves import COLORS, FONT, MARKERS, caption, paper_style, save_figure
-from src.analysis.points import defense_name
+from src.analysis.points import defense_name, told_apart
 from src.checks.flags import unreliable
 from src.records import Record
 from src.tables import format_eps
@@ -45,8 +45,7 @@ def cost_scatter(cells: Sequence[Record], path: Path) -> Path | None:
     shown = [r for r in timed if not unreliable(r.flags)]
     if not shown:
         return None
-    if len({r.variant for r in shown}) == 1:  # what was changed for all of them is no part of a defense's name
-        shown = [r.model_copy(update={"variant": ""}) for r in shown]
+    shown, shared = told_apart(shown)
     defenses = list(dict.fromkeys(defense_name(r) for r in shown))
     with paper_style():
         figure = Figure(figsize=(5.2, 4.1), dpi=200, layout="constrained")
@@ -94,6 +93,8 @@ def cost_scatter(cells: Sequence[Record], path: Path) -> Path | None:
                 "\nSize (logarithmic): most tensor memory at once in a forward pass of 64 images, weights\nincluded."
                 f"{' Cross: memory not recorded.' if len(sizes) < len(shown) else ''}"
             )
+        if shared:
+            text += "\n" + textwrap.fill(f"With {shared}.", 88)
         doubtful = [_name(r) for r in timed if unreliable(r.flags)]
         elsewhere = [_name(r) for r in cells if eps not in series[_who(r)]]
         for why, names in (("unreliable", doubtful), (f"not measured at ε = {format_eps(eps)}", elsewhere)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import records as store
-from src.analysis.points import BARE, Point, bare_lines, bare_name, defended_lines, defense_name
+from src.analysis.points import BARE, Point, bare_lines, bare_name, defended_lines, defense_name, told_apart
 from src.checks.flags import why_unreliable
 from src.records import Record
 from src.tables import format_eps, images_judged
@@ -73,9 +73,7 @@ def robustness_curve(records: Iterable[Record], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     done = [r for r in sorted(records, key=store.order) if r.status == "done" and r.robust_accuracy is not None]
-    same = {r.variant for r in done}
-    if len(same) == 1:  # what was changed for all of them is no part of a defense's name
-        done = [r.model_copy(update={"variant": ""}) for r in done]
+    done, shared = told_apart(done)
     panels: dict[tuple[object, ...], list[Record]] = {}
     for record in done:
         key = (record.dataset, record.classifier, record.attack, record.norm, record.targeted)
@@ -100,7 +98,7 @@ def robustness_curve(records: Iterable[Record], path: Path) -> Path:
         if not panels:
             axes.flat[0].text(0.5, 0.5, "no finished cell", ha="center", va="center")
         _legend(figure, legend, paired=min(len(defenses), len({r.access for r in done if r.defense != "none"})) > 1)
-        further = [f"With {same.pop()}." if len(same) == 1 and "" not in same else "", _on_unreliable(done)]
+        further = [f"With {shared}." if shared else "", _on_unreliable(done)]
         lines_below = [line for each in further for line in textwrap.wrap(each, int(size[0] * 17))]
         text = "\n".join([caption(done), *lines_below])
         figure.supxlabel(text, x=0.01, ha="left", fontsize=FONT, color="#333333")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from src import records as store
 from src.checks.flags import unreliable
 from src.records import Record
-from src.variant import group_of, overrides_of
+from src.variant import group_of, overrides_of, own_weights
 
 BARE = "no defense"
 
@@ -22,6 +22,14 @@ class Point:
     low: float
     high: float
     sound: bool = True
+
+
+def told_apart(records: Sequence[Record]) -> tuple[list[Record], str]:
+    """Copies whose variants name weights of the user's own as well, but nothing if all are the same; and that."""
+    variants = [",".join(filter(None, [r.variant, *own_weights(r)])) for r in records]
+    shared = variants[0] if len(set(variants)) == 1 else ""
+    named = ["" if shared else variant for variant in variants]
+    return [r.model_copy(update={"variant": name}) for r, name in zip(records, named, strict=True)], shared
 
 
 def defense_name(record: Record) -> str:

@@ -222,10 +222,9 @@ def _size(delta: Tensor, threat: ThreatModel) -> Tensor:
 
 def _filled(x: Tensor, delta: Tensor, threat: ThreatModel) -> Tensor:
     """The images with ``delta`` brought to the whole budget (l2) or projected onto it (l1)."""
-    if threat.norm is Norm.L1:
-        return threat.project(x, x + delta)
-    size = _size(delta.flatten(1), threat).clamp_min(1e-12).view(-1, 1, 1, 1)
-    return (x + delta * (threat.radius(x) / size)).clamp(0.0, 1.0)
+    if threat.norm is Norm.L2:
+        delta = delta * (threat.radius(x) / _size(delta.flatten(1), threat).clamp_min(1e-12).view(-1, 1, 1, 1))
+    return threat.project(x, x + delta)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from src.checks.flags import unreliable
 from src.records import Record
 from src.tables import format_eps, percent
 from src.uncertainty import Paired, but_for_the_seed, over_seeds, paired
-from src.variant import overrides_of, places, variant_of, what
+from src.variant import overrides_of, own_weights, places, variant_of, what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,7 @@ _SETTING = ("threat.", "surrogate", "split")  # of a variant: what is no part of
 
 def _called(record: Record) -> str:
     """The defense, with weights of the user's own: another file is another defense."""
-    own = [f"{key}={name}" for key, name in places(record).items() if key.endswith(".checkpoint")]
-    return " ".join([defense_name(record), *own])
+    return " ".join([defense_name(record), *own_weights(record)])
 
 
 def _model(record: Record) -> tuple[object, ...]:
