@@ -21,6 +21,7 @@ from src.callbacks import results_table
 from src.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+_WITH_A_PLUS = ("experiment", "sweep", "debug")  # groups of which nothing is chosen unless somebody does
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -57,6 +58,7 @@ def main() -> None:
         _leave(*leaving.farewell(error))
     except Exception as error:
         wrong = isinstance(error, UserError | HydraException | OmegaConfBaseException)
+        wrong |= str(error).startswith("Only one of --")  # of Hydra, a ValueError
         if (sweep := results_table.under_way) is not None and not wrong:
             # The launcher gave up, since a worker was killed: what the jobs have done so far is on disk.
             results_table.finish(sweep, f"the sweep ended early, go on with {retry.FLAG} ({_named(error)})")
@@ -105,6 +107,9 @@ def _misspelled(key: str) -> str | None:
 
     from src.build import unknown_key
 
+    if key in _WITH_A_PLUS:
+        names = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
+        return f"{key}: chosen with a plus, +{key}=NAME. Allowed: {', '.join(names)}"
     parent, _, name = key.rpartition(".")
     others = [a.lstrip() for a in sys.argv[1:] if "=" in a and not a.startswith(("-", key, f"+{key}", "hydra"))]
     try:

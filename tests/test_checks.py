@@ -168,8 +168,11 @@ def weak(attack: Attack, eps: float = 0.05, *, turned: bool | None = None) -> se
 
 @pytest.mark.parametrize(
     "attack",
-    [PGD(steps=5), FGSM(), APGD(steps=5), WorstCase(members={"pgd": PGD(steps=5), "square": Square(queries=1)})],
-)
+    [
+        PGD(steps=5), FGSM(), APGD(steps=5), WorstCase(members={"pgd": PGD(steps=5), "square": Square(queries=1)}),
+        WorstCase(members={"pgd": PGD(steps=5), "orthogonal": OrthogonalPGD(steps=5)}),  # nothing rejects: spared
+    ],
+)  # fmt: skip
 def test_an_attack_on_cross_entropy_stands_still_where_logits_are_saturated(attack: Attack) -> None:
     assert weak(attack) == {"gradient_missing", "logits_saturated"}
     assert weak(attack, turned=True) == set(), "an upper bound of 0 is exact"
@@ -179,7 +182,8 @@ def test_an_attack_on_cross_entropy_stands_still_where_logits_are_saturated(atta
     "attack",
     [
         PGD(steps=5, loss="margin"), APGD(steps=5, loss="dlr"), APGD(steps=5, loss="dlr_targeted", target_classes=2),
-        DeepFool(), WorstCase(members={"pgd": PGD(steps=5), "both": WorstCase(members={"deepfool": DeepFool()})}),
+        DeepFool(), OrthogonalPGD(steps=5),
+        WorstCase(members={"pgd": PGD(steps=5), "both": WorstCase(members={"deepfool": DeepFool()})}),
     ],
 )  # fmt: skip
 def test_an_attack_on_differences_of_logits_does_not(attack: Attack) -> None:

@@ -39,6 +39,8 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["attack=nonsense"], ["attack/nonsense", "fgsm", "pgd"]),
         (["defense=vaes"], ["defense/vaes", "feature_squeezing", "vae"]),
         (["+experiment=nope"], ["experiment/nope", "cifar_pgd_vae"]),
+        (["experiment=cifar_pgd_vae"], ["+experiment=NAME", "cifar_pgd_vae"]),
+        (["--multirun", "--cfg", "job"], ["--multirun", "--cfg"]),
         (["analysis=null"], ["analysis=null", "analysis=[]"]),
         (["logger=null"], ["logger=null", "logger=none"]),
         (["trainer=null"], ["trainer=null", "conf/trainer"]),

@@ -29,7 +29,8 @@ class FAB(Attack):
 
     Args:
         steps: projections of one start.
-        restarts: starts: the image itself, then random points at half of eps (eps inf: of 0.3, 1, 5 for linf, l2, l1).
+        restarts: starts: the image itself, then random points at half of eps (eps inf: of 0.3, 1, 5 for linf, l2, l1),
+            or of the smallest change found so far where that is less.
         target_classes: None: the nearest boundary of all classes at each step. K: FAB-T, one search for each of the K
             wrong classes with the largest logits at the clean image; any wrong class counts as found. AutoAttack: 9.
         alpha_max: most weight of the projection of the clean image.

@@ -32,7 +32,8 @@ class JSMA(Attack):
         saliency: ``pair``, as in the paper's experiments, takes the best two values of a step, ``single`` the best one.
         others: how the logits of the other classes, which are to fall, are put together: ``sum``, as in the paper, or
             weighted by their ``softmax``, which goes for those in the way of the target and needs fewer pixels.
-        max_pixels: most pixels changed when eps is inf; None: 14.5 % of them, the paper's bound.
+        max_pixels: most pixels changed when eps is inf; None: 14.5 % of them, the paper's bound. The pipeline searches
+            once for every eps, so there it bounds them all.
 
     Shapes: images ``(B, C, H, W)`` in [0, 1], labels or targets ``(B,)``.
 

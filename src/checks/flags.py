@@ -14,7 +14,7 @@ class Flag:
         says: what is wrong when it is raised, for a reader of the table.
         limit: the flag is raised where the figure is larger.
         decisive: the cell's figure does not mean what it says; tables show *unreliable* in its place.
-        full: taken with ``checks=full`` only, since it costs as much as an attack.
+        full: taken with ``checks=full`` only: it attacks once more, or asks the model on as many images.
     """
 
     says: str

@@ -101,8 +101,10 @@ class Look:
     @cached_property
     def losses(self) -> frozenset[Loss]:
         """What the attack climbs: cross-entropy; the margin stands for all differences of logits."""
-        rejects = getattr(self.target, "rejects", False)
-        return frozenset(_climbed(each, rejects) for each in self.members if each.needs == "gradient")
+        able = [each for each in self.members if each.needs == "gradient"]
+        if not getattr(self.target, "rejects", False):  # an ensemble spares such a model those made for the others
+            able = [each for each in able if not each.against_rejection] or able
+        return frozenset(_climbed(each) for each in able)
 
     @cached_property
     def slopes(self) -> list[Tensor]:
@@ -127,9 +129,9 @@ def members_of(attack: Attack, threat: ThreatModel) -> list[Attack]:
     return [one for each in parts.values() for one in members_of(each, threat)] if parts else [attack]
 
 
-def _climbed(attack: Attack, rejects: bool) -> Loss:
+def _climbed(attack: Attack) -> Loss:
     """Attacks without a choice of loss: those for the smallest change and those past a detector climb logits."""
     loss = getattr(attack, "loss", None)
     if loss is None:
-        return margin if type(attack).minimal or (attack.against_rejection and rejects) else cross_entropy
+        return margin if type(attack).minimal or attack.against_rejection else cross_entropy
     return cross_entropy if loss in ("ce", cross_entropy) else margin
