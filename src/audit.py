@@ -21,7 +21,7 @@ from typing import Any
 
 from src.errors import UserError
 from src.target import kept, subject_of
-from src.variant import group_of
+from src.variant import group_of, what
 
 FIXED = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 RADII = ("linf", "l2")
@@ -69,6 +69,12 @@ def audit(options: argparse.Namespace) -> str:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore")
+    for item in options.overrides:
+        if what(item) in ("attack", "threat", "threat.norm", "threat.access"):
+            raise UserError(
+                f"{item}: would change nothing here. Use --attack NAME and --threat NORM[:EPS]; the access "
+                "follows from the defense"
+            )
     subject = subject_of(options.target, options.config) + list(options.overrides)
     if options.dataset:
         subject.append(f"dataset={options.dataset}")
@@ -105,6 +111,8 @@ def audit(options: argparse.Namespace) -> str:
         radii = job.eps(first.data.spec.eps.get(job.norm, ()))
         if not radii:
             raise UserError(f"--threat {threat}: {names.dataset} has no radius of its own; give one, as {norm}:0.5")
+        if eps and len(radii) > 1:
+            raise UserError(f"--threat {threat}: several radii. Give each a --threat of its own")
         records += [bench.cell(max(radii), each, out / "records") for each in job.access]
     records = across(records)
     report.write_report(records, out / "records", out)

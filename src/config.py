@@ -12,7 +12,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveInt,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -96,7 +95,7 @@ def split(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], Trained]:
 class Job(Strict):
     """The root of the config: one cell, or several that differ in eps and access only."""
 
-    seed: NonNegativeInt
+    seed: typing.Annotated[int, Field(ge=0, lt=2**63)]
     eval_batch_size: PositiveInt
     eot_draws: PositiveInt
     search_precision: typing.Literal["32-true", "bf16-mixed"] | None

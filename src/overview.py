@@ -191,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.keys and options.command != "ls":
             raise UserError(f"{options.command} {options.keys[0]}: only ls takes keys; {options.command} takes none")
+        if lacking := [folder for folder in options.records if not folder.is_dir()]:
+            raise UserError(f"--records {lacking[0]}: no such folder. Expected one with records, such as multirun")
         cells, broken = read_records(options.artifacts, options.records)
         stages = scan(options.artifacts, cells)
         if options.command == "verify":

@@ -60,7 +60,11 @@ def with_folder(arguments: Sequence[str], sweeps: Path = Path("multirun")) -> li
     Raises:
         UserError: there is none, and no ``hydra.sweep.dir`` names one.
     """
-    if FLAG not in arguments or any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
+    if FLAG not in arguments:
+        return list(arguments)
+    if not any(argument in ("-m", "--multirun") or argument.startswith("hydra.mode=") for argument in arguments):
+        raise UserError(f"{FLAG}: of a sweep. Give its command as it was given then, with -m")
+    if any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
         return list(arguments)
     asked = _measured(arguments)
     for file in sorted(sweeps.glob("*/*/multirun.yaml"), reverse=True):
@@ -82,5 +86,7 @@ def _of(file: Path) -> set[str] | None:
 
 
 def _measured(arguments: Iterable[str]) -> set[str]:
-    others = (FLAG, "hydra", "-", "logger")
-    return {argument for argument in arguments if not argument.lstrip("+").startswith(others) and argument != FLAG}
+    """The overrides among them that say what is measured; options of Hydra, and their values, are none."""
+    others = ("hydra.", "hydra/", "-", *_ELSEWHERE)
+    overrides = (argument for argument in arguments if "=" in argument or argument.startswith("~"))
+    return {override for override in overrides if not override.lstrip("+").startswith(others)}

@@ -31,6 +31,9 @@ def understood(overrides: Iterable[str]) -> list[str]:
     for override in overrides:
         key, _, value = override.partition("=")
         group = key.lstrip("+").partition("@")[0]
+        if key.removeprefix("~") in _INSTEAD and (override.startswith("~") or value == "[]"):
+            bare = "; defense=none is the bare classifier" if "defense" in key else ""
+            raise UserError(f"{override}: a job needs one{bare}")
         if group == "defense" and value:
             override = f"{key}={_known(value)}"
         elif group in _INSTEAD and "[" in value:

@@ -26,12 +26,18 @@ def planned(config: DictConfig) -> tuple[Plan, list[str]]:
     Args:
         config: of the sweep, as Hydra's callbacks get it.
     """
+    whole, refused = _planned(config, joined=True)
+    # What one of a list makes impossible, such as an access, is no fault of the others.
+    return (whole, refused) if not refused else _planned(config, joined=False)
+
+
+def _planned(config: DictConfig, *, joined: bool) -> tuple[Plan, list[str]]:
     from src import config as schema
     from src import job, pipeline, several
     from src.subject import Names
 
     whole, refused = Plan(), []
-    for cfg, choices, overrides in _jobs(config):
+    for cfg, choices, overrides in _jobs(config, joined=joined):
         try:
             several.refuse(choices)
             names = job.names_of(choices, overrides)
@@ -45,8 +51,11 @@ def planned(config: DictConfig) -> tuple[Plan, list[str]]:
     return whole, list(dict.fromkeys(refused))
 
 
-def _jobs(config: DictConfig) -> Iterator[tuple[DictConfig, Any, list[str]]]:
-    """Config, choices and overrides of each job; the config may be one seen before, with other values."""
+def _jobs(config: DictConfig, *, joined: bool) -> Iterator[tuple[DictConfig, Any, list[str]]]:
+    """Config, choices and overrides of each job; the config may be one seen before, with other values.
+
+    ``joined``: jobs that differ in eps and access only are one.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.compose import compose
     from hydra.core.global_hydra import GlobalHydra
@@ -65,7 +74,7 @@ def _jobs(config: DictConfig) -> Iterator[tuple[DictConfig, Any, list[str]]]:
     for override in parser.parse_overrides(given):
         key = override.get_key_element()
         options = [only for (only,) in BasicSweeper.split_arguments([override], None)[0]]
-        if key in _LISTS and len(options) > 1 and f"{key}=null" not in options:
+        if joined and key in _LISTS and len(options) > 1 and f"{key}=null" not in options:
             listed = ",".join(option.partition("=")[2].strip("[]") for option in options)
             options = [f"{key}=[{listed}]"]
         plain = override.type is OverrideType.CHANGE and not loader.get_group_options(key.partition("@")[0])

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped, unused-ignore]
+
 from src.errors import UserError
 from src.variant import beside, teaches, what
 
@@ -38,6 +41,8 @@ def subject_of(target: str, config: Path | None) -> list[str]:
         return _run(path / ".hydra")
     if path.is_file():
         return _weights(path, config)
+    if config is not None:
+        raise UserError(f"--config {config}: says what network a state dict belongs to, and {target} is no file")
     if ":" in target:
         return ["classifier=own", f"classifier.model={target}"]
     for source in ("torchvision", "timm"):
@@ -88,7 +93,10 @@ def _weights(path: Path, config: Path | None) -> list[str]:
     if config is not None:
         if not config.is_file():
             raise UserError(f"--config {config}: no such file; expected YAML with a _target_, or the config of a run")
-        node: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+        try:
+            node: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"--config {config}: not YAML ({' '.join(str(error).split())})") from None
         node = node.get("classifier", node) if isinstance(node, dict) else {}
         if "_target_" not in node:
             raise UserError(f"--config {config}: says no _target_ of a network, nor has it a classifier that does")
@@ -97,8 +105,11 @@ def _weights(path: Path, config: Path | None) -> list[str]:
     meta = path.parent / "meta.json"
     if not meta.is_file():
         return [f"classifier.{checkpoint}"]  # of the classifier that the overrides choose
-    found = json.loads(meta.read_text())
-    kind, about = found["kind"], found["about"]
+    try:
+        found = json.loads(meta.read_text())
+        kind, about = found["kind"], found["about"]
+    except (ValueError, KeyError, TypeError):  # somebody else's
+        return [f"classifier.{checkpoint}"]
     if kind not in ("classifier", "defense"):
         raise UserError(f"{path}: {found['what']}; expected the weights of a classifier or a defense")
     seed = [f"seed={about['seed']}"] if "seed" in about else []  # it decides the validation images

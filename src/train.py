@@ -52,7 +52,8 @@ def main() -> None:
             if nodes.join(sys.argv[1:]):
                 return
             _refuse_null(sys.argv[1:])
-            sys.argv[1:] = retry.with_folder(several.understood(sys.argv[1:]))
+            given = sorted(sys.argv[1:], key=_is_override)  # Hydra's parser wants none before an option
+            sys.argv[1:] = retry.with_folder(several.understood(given))
             entry()
     except KeyboardInterrupt as error:
         _leave(*leaving.farewell(error))
@@ -67,6 +68,10 @@ def main() -> None:
         if wants_traceback or not (wrong or isinstance(error, OSError)):
             raise
         _leave(_one_line(error), 1)
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def _refuse_null(arguments: list[str]) -> None:
@@ -107,6 +112,10 @@ def _misspelled(key: str) -> str | None:
 
     from src.build import unknown_key
 
+    if key in ("plan", "retry"):
+        return f"{key}: set with a plus, +{'plan=true' if key == 'plan' else 'retry=failed'}"
+    if "@" in key:
+        return None  # Hydra says it
     if key in _WITH_A_PLUS:
         names = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
         return f"{key}: chosen with a plus, +{key}=NAME. Allowed: {', '.join(names)}"

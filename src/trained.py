@@ -133,6 +133,8 @@ class Workshop:
         if trained.checkpoint is not None:
             return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint", about)
         if trained.fit is None:
+            if type(module).training_step is not LightningModule.training_step:
+                raise UserError(f"{group}.fit: missing; it says how to train, see conf/fit/default.yaml")
             return module, content_key(**about, source=source_digest(type(module), within="src.defenses"))
         callbacks = self._trained_on(trained, group, module, classifier, classifier_key, about)
         what = f"defense {name} on {self.data.spec.name}"

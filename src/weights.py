@@ -41,7 +41,6 @@ def load_weights(module: torch.nn.Module, path: Path, where: str) -> None:
         if name not in wanted or name not in state or wanted[name].shape != state[name].shape
     )  # fmt: skip
     if wrong:
-        raise UserError(
-            f"{where}: of another architecture; {len(wrong)} of {len(wanted)} tensors differ, first {wrong[0]}"
-        )
+        named = len(set(wanted) | set(state))
+        raise UserError(f"{where}: of another architecture; {len(wrong)} of {named} tensors differ, first {wrong[0]}")
     module.load_state_dict(state)

@@ -162,6 +162,10 @@ def test_radii_of_an_experiment_are_not_those_of_another_norm(
         (["tests.test_audit:sound", "--dataset", "digit"], "digits"),
         (["tests.test_audit:sound", *QUICK, "--threat", "linf:-1"], "threat.eps=-1"),
         (["tests.test_audit:sound", *QUICK, "--threat", "l7"], "threat"),
+        (["tests.test_audit:sound", *QUICK, "--threat", "linf:[0.1,0.2]"], "several radii"),
+        (["tests.test_audit:sound", *QUICK, "attack=fgsm"], "--attack NAME"),
+        (["tests.test_audit:sound", *QUICK, "threat.access=black_box"], "--threat NORM"),
+        (["tests.test_audit:sound", *QUICK, "--config", "network.yaml"], "no file"),
     ],
 )
 def test_wrong_input_is_one_line(judged: Callable[..., str], words: list[str], told: str) -> None:

@@ -102,6 +102,22 @@ def test_retry_without_a_sweep_to_retry_is_one_line(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="no earlier sweep"):
         retry.with_folder(["-m", "attack=pgd", "+retry=failed"])
     assert retry.with_folder(["-m", "attack=pgd"]) == ["-m", "attack=pgd"]
+    with pytest.raises(UserError, match="with -m"):
+        retry.with_folder(["attack=pgd", "+retry=failed"])
+
+
+def test_a_sweep_is_found_whatever_stands_beside_what_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = Path("multirun/day/time")
+    sweep.mkdir(parents=True)
+    OmegaConf.save({"hydra": {"overrides": {"task": ["attack=pgd", "~defense.fit"]}}}, sweep / "multirun.yaml")
+    for beside in ((), ("--config-dir", "mine"), ("+plan=true",), ("hydra.verbose=true", "logger=none")):
+        found = retry.with_folder(["-m", *beside, "attack=pgd", "~defense.fit", retry.FLAG])
+        assert found[-1] == f"hydra.sweep.dir={sweep}", beside
+    with pytest.raises(UserError, match="no earlier sweep"):
+        retry.with_folder(["-m", "attack=pgd", retry.FLAG])
 
 
 @pytest.mark.parametrize(
@@ -129,8 +145,8 @@ def test_a_sweep_with_other_callbacks_is_another(tmp_path: Path, monkeypatch: py
     sweep.mkdir(parents=True)
     asked = ["attack=pgd", "+callbacks.mine.rate=1"]
     OmegaConf.save({"hydra": {"overrides": {"task": asked}}}, sweep / "multirun.yaml")
-    assert retry.with_folder([*asked, retry.FLAG, "logger=none"])[-1] == f"hydra.sweep.dir={sweep}"
+    assert retry.with_folder(["-m", *asked, retry.FLAG, "logger=none"])[-1] == f"hydra.sweep.dir={sweep}"
     with pytest.raises(UserError, match="no earlier sweep"):
-        retry.with_folder(["attack=pgd", "+callbacks.mine.rate=2", retry.FLAG])
+        retry.with_folder(["-m", "attack=pgd", "+callbacks.mine.rate=2", retry.FLAG])
     one, two = (retry.settings(OmegaConf.create({"callbacks": {"mine": {"rate": rate}}}), {}) for rate in (1, 2))
     assert one != two

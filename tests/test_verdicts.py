@@ -181,6 +181,19 @@ def test_members_meet_the_models_that_they_are_made_for(rejects: bool, different
     assert attacked.distance.tolist() == pytest.approx([nearest])
 
 
+def test_what_this_model_gets_wrong_is_attacked_where_images_are_for_others() -> None:
+    """Another model, or another draw of a random one, may get it right: left alone it would count as held."""
+
+    class Smallest(Moves):
+        minimal = True
+
+    images, labels = torch.tensor([0.45, 0.55]).view(2, 1, 1, 1).expand(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+    for attack, exhaust, expected in ((Moves, True, 0.1), (Moves, False, 0), (Smallest, True, 0)):
+        attacked = attack(0.1)(Slope(), images, labels, ThreatModel(norm="linf", eps=0.5, exhaust=exhaust))
+        assert attacked.attempted.tolist() == [True, expected > 0]
+        assert attacked.distance.tolist() == pytest.approx([0.1, expected])
+
+
 def test_an_image_that_nobody_turns_is_as_the_first_member_left_it() -> None:
     images, labels = torch.full((2, 1, 2, 2), 0.4), torch.zeros(2, dtype=torch.int64)
     attack = WorstCase(members={str(by): Moves(by) for by in (0.02, 0.05, 0.01)})

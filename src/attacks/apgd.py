@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from src.attacks.base import Attack, fooled
+from src.attacks.base import Attack, fooled, lead
 from src.attacks.gradients import LOSSES, gradient, steepest, toward
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
@@ -178,9 +178,11 @@ class APGD(Attack):
             if not enlarged:
                 hit = fooled(logits, at.y, threat)
                 if any_hit := threat.exhaust or bool(hit.any()):
-                    better = hit & (at.loss > value[at.rows])
+                    # Of others a ratio says little: how far the goal leads here is what carries over.
+                    worth = lead(logits, at.y, threat) if threat.exhaust and self.loss != "ce" else at.loss
+                    better = hit & (worth > value[at.rows])
                     result[at.rows] = torch.where(_image(better), at.now, result[at.rows])
-                    value[at.rows] = torch.where(better, at.loss, value[at.rows])
+                    value[at.rows] = torch.where(better, worth, value[at.rows])
                     done[at.rows] |= hit
                 if any_hit and not threat.exhaust:
                     at.keep(~torch.isin(left.rows, left.rows[hit.cpu()]).to(hit.device))  # with its other starts

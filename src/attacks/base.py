@@ -39,8 +39,8 @@ class Attacked:
 
     images: Tensor  # (B, C, H, W) in [0, 1], within the budget
     prediction: Tensor  # (B,) the attacked model's class for `images`, in float32 and eval mode
-    attempted: Tensor  # (B,) bool: right before the attack, so the attack worked on it
-    success: Tensor  # (B,) bool: turned (untargeted), or turned into the target
+    attempted: Tensor  # (B,) bool: the attack worked on it: right before, or meant for others (`threat.exhaust`)
+    success: Tensor  # (B,) bool: of these, wrong after it (untargeted), or the target
     distance: Tensor  # (B,) in the threat's norm; 0 where nothing was changed
     forward_passes: Tensor  # (B,) times the image, or a version of it, went through the model, verdicts included
     backward_passes: Tensor  # (B,)
@@ -79,6 +79,9 @@ class Attack(ABC):
     ) -> Attacked:
         """Attack the images the model gets right and judge the outcome.
 
+        With ``threat.exhaust`` all are attacked, but by a search for the smallest change, which is none where the model
+        is wrong already.
+
         Args:
             model: any callable ``(B, C, H, W) in [0, 1] → logits (B, classes)``.
             images: float32 in [0, 1]. Most attacks show them to the model all at once: give batches that its memory can
@@ -109,6 +112,8 @@ class Attack(ABC):
             logits = query.verdict(images, clean=True)
             result, prediction = images.clone(), logits.argmax(dim=1)
             attempted = prediction == labels
+            if threat.exhaust and not self.minimal:  # what is wrong here may be right for others, or in another draw
+                attempted = torch.ones_like(attempted)
             goal = inputs.targets(labels, logits.shape[1], generator, target) if threat.targeted else labels
             query.goal, query.targeted = goal, threat.targeted
             todo = attempted.nonzero().flatten()
@@ -254,9 +259,9 @@ class Attack(ABC):
     def run(self, model: Query, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator) -> Tensor:
         """Adversarial images for ``x``, same shape, in [0, 1] and within ``threat``.
 
-        All of ``x`` is classified correctly. ``y`` is the label to leave, or the target to reach when
-        ``threat.targeted``. Parameters of the model carry no gradient; the model is in eval mode. ``model`` is a
-        :class:`~src.attacks.query.Query`: an attack that drops images on the way says which are left with
+        All of ``x`` is classified correctly but with ``threat.exhaust``. ``y`` is the label to leave, or the target to
+        reach when ``threat.targeted``. Parameters of the model carry no gradient; the model is in eval mode. ``model``
+        is a :class:`~src.attacks.query.Query`: an attack that drops images on the way says which are left with
         ``model.of(rows)``, so that passes are counted for the image they were spent on.
         """
 

@@ -102,7 +102,10 @@ class AttackCallback(Callback):
         assert self.attack is not None
         first = int(batch["index"][0]) if isinstance(batch, dict) and "index" in batch else batch_idx
         image, label = _keys(batch)
-        clean, generator = batch[image], torch.Generator().manual_seed(seed_of(self.seed, first))
+        clean = batch[image]
+        generator = torch.Generator().manual_seed(
+            seed_of(self.seed, first, 1)
+        )  # the verdict's draws come from (seed, first)
         started = time.perf_counter()
         model = self.target or pl_module
         attacked = self.attack(model, clean, batch[label], self.threat, generator=generator, search=self.search)

@@ -114,6 +114,9 @@ def gather(config: DictConfig, ended: str = "") -> int:
 
     sweep = Path(config.hydra.sweep.dir)
     records, problems = collect(sweep, whole=not ended)
+    if not records and not ended:
+        print("error: a sweep of no jobs: a glob() or a range() of it matches nothing", file=sys.stderr)
+        return 1
     records = across(records)
     shown = records if len(records) <= SHOWN else [record for record in records if record.status == "failed"][:SHOWN]
     if len(shown) < len(records):

@@ -89,7 +89,8 @@ def random_without_eot(look: Look) -> float | None:
 
     An attack without gradients may where randomness is declared: it then goes on at images that one draw gets wrong.
     """
-    averaging = any(getattr(each, "eot_iter", 1) > 1 for each in look.members)
+    averaging = all(getattr(each, "eot_iter", 1) > 1 for each in look.members if each.needs == "gradient")
+    averaging &= look.by_gradient
     declared = look.stochastic and not look.by_gradient
     if declared or look.draws > 1 or averaging:
         return None

@@ -35,13 +35,14 @@ def _report(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="where to write (default: the first PATH, or the folder it lies in)")
     parser.add_argument("--rows", type=_keys, metavar="KEYS", help="pivot: keys down the side, such as defense")
     parser.add_argument("--cols", type=_keys, metavar="KEYS", help="pivot: keys along the top, such as attack,access")
-    parser.add_argument("--value", default="robust_accuracy", help="pivot: the column shown (default: %(default)s)")
+    parser.add_argument("--value", metavar="COLUMN", help="pivot: the column shown (default: robust_accuracy)")
     parser.add_argument(
         "--where", action="append", default=[], metavar="KEY=VALUE", help="pivot: these rows only; repeatable"
     )
     options = parser.parse_args(words)
-    if (options.cols or options.where) and not options.rows:
-        raise UserError("--cols and --where shape a pivot: give --rows as well, such as --rows defense")
+    if (options.cols or options.where or options.value) and not options.rows:
+        raise UserError("--cols, --value and --where shape a pivot: give --rows as well, such as --rows defense")
+    options.value = options.value or "robust_accuracy"
     cells = _found(options.paths)
     out = options.out or _folder(options.paths[0])
     if options.rows:

@@ -54,6 +54,8 @@ def pivot(
         UserError: an unknown key or column, or two cells in one place (they are never averaged).
     """
     _known([*rows, *cols], "--rows, --cols")
+    if again := [key for key in KEYS if [*rows, *cols].count(key) > 1]:
+        raise UserError(f"--rows, --cols: {again[0]} is named twice")
     if value not in table.columns or table[value].dtype.kind not in "fi":
         numbers = [name for name in table.columns if table[name].dtype.kind in "fi"]
         raise UserError(f"--value {value}: not a column of numbers. Expected one of {', '.join(numbers)}")
