@@ -65,6 +65,9 @@ def _arguments(target: Any, node: Mapping[str, Any], key: str) -> dict[str, Any]
         if name not in allowed and not open_ended:
             raise UserError(unknown_key(f"{key}.{name}", name, allowed))
     if not str(node["_target_"]).startswith("src."):
+        for name in allowed:
+            if parameters[name].default is inspect.Parameter.empty and name not in values:
+                raise UserError(f"{key}.{name}: missing; it has to be given")
         return {name: _nested(value, f"{key}.{name}") for name, value in values.items()}
 
     checked = validate(_schema(target), values, key)

@@ -31,7 +31,8 @@ def certified(
     certify = defended.certify
     assert certify is not None
     count = min(defended.certify_images, len(data.test))
-    parts = {**keys, "count": count, "seed": job.seed, "source": source_digest(type(defended))}
+    parts = {**keys, "count": count, "seed": job.seed, "batch": job.eval_batch_size}
+    parts["source"] = source_digest(type(defended))
 
     @torch.no_grad()
     def make(folder: Path) -> None:

@@ -178,6 +178,12 @@ def _check_trained(choice: Mapping[str, Any], key: str) -> None:
         for name in ("attack", "validation"):
             if (attack := getattr(trained.trained_on, name)) is not None:
                 check(attack, f"{key}.trained_on.{name}")
+                norm = Norm.parse(trained.trained_on.norm)
+                if norm not in (able := build(attack, f"{key}.trained_on.{name}").norms):
+                    raise UserError(
+                        f"{key}.trained_on.norm={norm}: {key}.trained_on.{name} cannot do it. "
+                        f"Allowed: {', '.join(sorted(able))}"
+                    )
     parts = trained.parts or {}
     for name, part in parts.items():
         _check_trained(part, f"{key}.parts.{name}")

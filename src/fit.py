@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
@@ -197,11 +198,11 @@ def fit(
         module.to(memory_format=torch.channels_last)
     data.configure(batch_size=recipe.batch_size, augment=recipe.augment)
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
-    # Apart: Lightning's own save_last keeps an epoch only where it was the best so far.
-    last = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    # Apart: Lightning's own save_last keeps an epoch only where it was the best so far. Whole epochs alone can go on.
+    last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     watchers: list[Callback] = [Seeded(seed), Finite(), best, last]
     if recipe.patience is not None:
-        watchers.append(Patience(monitor, mode=mode, patience=recipe.patience, check_finite=False))
+        watchers.append(Patience(monitor, mode=mode, patience=recipe.patience, check_finite=False, strict=False))
     curves.gather(folder)  # of the tries before, whose file the logger would remove
     written = CSVLogger(save_dir=folder, name="", version="curves", flush_logs_every_n_steps=50)
     options: dict[str, Any] = {
@@ -214,6 +215,11 @@ def fit(
     if in_processes(config) and not module.automatic_optimization:  # its backward passes reach some of the weights each
         options["strategy"] = f"{config['strategy']}_find_unused_parameters_true"
     _together(Run(config, options, "fit", module, data, {"ckpt_path": _last(folder), "weights_only": True}))
+    if not best.best_model_path:
+        raise UserError(
+            "trainer: no epoch was validated, so none can be chosen. Leave out max_steps, limit_val_batches and "
+            "check_val_every_n_epoch, or train for longer"
+        )
     state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
     module.load_state_dict(state)
     records.save_tensors(module.state_dict(), folder / "weights.pt")
@@ -237,7 +243,10 @@ class Run:
         torch.set_rng_state(self.state)
         run = trainer(self.config, **self.options)
         with _interruptible():
-            getattr(run, self.method)(self.module, datamodule=self.data, **self.arguments)
+            try:
+                getattr(run, self.method)(self.module, datamodule=self.data, **self.arguments)
+            except MisconfigurationException as error:
+                raise UserError(f"trainer: {' '.join(str(error).split())}") from None
 
 
 def _together(run: Run) -> None:
@@ -262,16 +271,24 @@ def _interruptible() -> Iterator[None]:
 
 def _last(folder: Path) -> Path | None:
     """The checkpoint an interrupted training left, if it can be read: that of the last epoch, else of the best."""
-    left = [path for path in (folder / "last.ckpt", folder / "best.ckpt") if path.exists()]
-    for path in left:
-        try:
-            torch.load(path, weights_only=True, map_location="cpu")
-            return path
-        except Exception as error:  # cut short, not a checkpoint, or a pickle that would run code
-            log.warning("%s: cannot be read (%s); training goes on from an earlier epoch", path, type(error).__name__)
-    if left:
+    best, last = folder / "best.ckpt", folder / "last.ckpt"
+    if _readable(best):  # without it the last is of no use: no later epoch need be as good
+        return last if _readable(last) else best
+    if best.exists() or last.exists():
+        log.warning("%s: training begins again: there is no checkpoint of the best epoch that can be read", folder)
         clear(folder, "*.ckpt", "curves")
     return None
+
+
+def _readable(path: Path) -> bool:
+    try:
+        torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # cut short, not a checkpoint, or a pickle that would run code
+        log.warning("%s: cannot be read (%s)", path, type(error).__name__)
+        return False
+    return True
 
 
 def evaluate(

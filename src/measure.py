@@ -27,6 +27,7 @@ from src.errors import UserError
 from src.keys import content_key, seed_of, source_digest
 from src.outcome import Table, has_held, to_record, to_sidecar
 from src.records import Record
+from src.sidecars import withstood
 from src.stages import Stages, alone
 from src.subject import Names, Subject
 from src.threat import Access, ThreatModel
@@ -141,7 +142,7 @@ class Bench:
             draws=self.images.draws,
             checks=self.job.checks,
             source=source_digest(
-                type(self.subject.defended), Collect, Bench, AttackedImages, Checked, to_record, *SOURCES
+                type(self.subject.defended), Collect, Bench, AttackedImages, Checked, to_record, withstood, *SOURCES
             ),
         )
 

@@ -36,6 +36,7 @@ def frozen(
         "fixed": [each.threshold for each in defended.detections],
         "data": data.train_fingerprint,
         "seed": job.seed,
+        "batch": job.eval_batch_size,  # a random defense draws batch by batch
         "source": source_digest(*networks_of(defended), loaders, within="src.defenses"),
     }
 

@@ -121,8 +121,6 @@ class Workshop:
         }
         about: dict[str, Any] = {"node": node}
         wanted = asked(node, group)
-        if "classifier" in wanted:
-            about["classifier"] = classifier_key
         if "fresh" in wanted:
             about["fresh"] = split(self.job.classifier, "classifier")[0]
             if getattr(classifier.network, "is_trained", False):  # it begins with weights that are not in the node
@@ -130,6 +128,8 @@ class Workshop:
                 about["start"] = own.digest(facts["fresh"]())
         torch.manual_seed(self.job.seed)
         module: Defense = build(node, group, **self.shape, **facts)
+        if "classifier" in wanted and module.learns_from_classifier:
+            about["classifier"] = classifier_key
         if trained.checkpoint is not None:
             return module, self._own_weights(module, Path(trained.checkpoint), f"{group}.checkpoint", about)
         if trained.fit is None:
@@ -140,6 +140,7 @@ class Workshop:
         what = f"defense {name} on {self.data.spec.name}"
         later = {argument: value for argument, value in node.items() if argument in module.at_test}
         about["node"] = {argument: value for argument, value in node.items() if argument not in later}
+        about["batch"] = self.job.eval_batch_size  # validation, which chooses the weights, may draw batch by batch
         key = self._trained(group, module, trained.fit, what, about, callbacks)
         return module, content_key(training=key, at_test=later) if later else key
 

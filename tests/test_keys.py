@@ -223,6 +223,38 @@ def test_a_module_of_ones_own_is_where_hardening_starts_and_stays_as_it_is(defen
 
 
 @pytest.mark.parametrize(
+    ("defense", "same"),
+    [
+        ("adversarial_training", True), ("adversarial_training defense.warm_start=true", False), ("distillation", True),
+        ("adversarial_training_fgsm", False), ("distillation defense.layers=last", False), ("autoencoder", False),
+    ],
+)  # fmt: skip
+def test_a_training_that_learns_nothing_of_the_bare_classifier_is_found_beside_another(
+    defense: str, same: bool
+) -> None:
+    chosen = f"defense={defense}".split()
+    plain, other = (trainings(*chosen, f"classifier.label_smoothing={share}") for share in (0.0, 0.3))
+    assert plain["classifier"] != other["classifier"]
+    assert (plain["defense"] == other["defense"]) == same
+
+
+@pytest.mark.parametrize(
+    ("defense", "kinds"),
+    [
+        ("autoencoder", {"defense"}), ("smoothing", {"defense", "certificate"}), ("vae_kl", {"defense", "thresholds"}),
+        ("squeezing_detector", {"thresholds"}), ("jpeg", set()),
+    ],
+)  # fmt: skip
+def test_what_is_drawn_batch_by_batch_depends_on_their_size(defense: str, kinds: set[str]) -> None:
+    asked: list[dict[str, str]] = []
+    for size in (256, 7):
+        bench = planned(f"defense={defense}", f"eval_batch_size={size}", "attack=noise", "threat.access=white_box")
+        bench.planned(0.1, Access.WHITE_BOX)
+        asked.append({stage["kind"]: key for key, stage in bench.stages.asked.items() if stage["kind"] != "examples"})
+    assert {kind for kind in asked[0] if asked[0][kind] != asked[1][kind]} == kinds
+
+
+@pytest.mark.parametrize(
     ("overrides", "same"),
     [
         pytest.param(("trainer=ddp_cpu",), True, marks=two_cores),
@@ -246,7 +278,7 @@ LATER = {
     "vae": ("sample=true", "beta=0.5"),
     "vae_kl": ("fpr=0.1 threshold=0.3", "beta=0.5"),
     "magnet": ("detectors=[l1] temperatures=[20] reform=false fpr=0.1", "noise=0.2"),
-    "diffusion": ("eta=1.0 gradient=bpda", "steps=5"),
+    "diffusion": ("eta=1.0 gradient=bpda steps=5", "t_star=0.1"),
     "defense_gan": ("restarts=2 steps=5 backward=unrolled", "rate=5.0"),
 }
 

@@ -33,8 +33,8 @@ class AttackCallback(Callback):
         warmup: share of the training in which the radius grows linearly from 0. A network that meets large radii at
             once may answer the same class for every image and never leave that.
         search: precision of the model inside the search; verdicts are in float32.
-        seed: with the position of a batch's first image it decides all randomness of the attack on that batch, so
-            that any number of devices makes the same images.
+        seed: at test it decides, with the position of a batch's first image, all randomness of the attack on that
+            batch, so that any number of devices makes the same images; at fit, with epoch, batch and process.
     """
 
     def __init__(

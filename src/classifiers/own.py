@@ -48,6 +48,8 @@ def load(
     else:
         try:
             found = getattr(importlib.import_module(source), name)
+            if arguments and isinstance(found, nn.Module):
+                raise UserError(f"{model} is made already and takes no arguments; expected a callable")
             # A copy: a defense may train what it gets, and the next job wants the module as it was.
             network = copy.deepcopy(found) if isinstance(found, nn.Module) else found(**(arguments or {}))
         except Exception as error:  # it is someone else's code

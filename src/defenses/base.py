@@ -46,6 +46,7 @@ class Defense(LightningModule, ABC):
         stochastic: the output varies from call to call, so the attacker averages over draws (EOT).
         replaces: it answers in place of the classifier it guards, and never asks that one.
         monitor: validation figure that chooses the checkpoint, and whether more (``max``) or less is better.
+        learns_from_classifier: of one that asks for the bare classifier: whether its training depends on that.
         at_test: arguments that neither the first weights, nor training, nor its validation depend on: other values of
             them find the training again.
     """
@@ -53,6 +54,7 @@ class Defense(LightningModule, ABC):
     gradient: Gradient = "exact"
     stochastic: bool = False
     replaces: bool = False
+    learns_from_classifier: bool = True
     at_test: frozenset[str] = frozenset()
     monitor: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
     recipe: Recipe | None = None  # set by the trainer of stages

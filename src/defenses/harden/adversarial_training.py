@@ -75,6 +75,7 @@ class AdversarialTraining(Harden):
         warm_start: bool = False,
     ) -> None:
         super().__init__(fresh=fresh)
+        self.learns_from_classifier = warm_start
         if warm_start:
             self.network.load_state_dict(getattr(classifier, "network", classifier).state_dict())
         self.average: AveragedModel | None = moving_average(self.network, ema) if ema else None

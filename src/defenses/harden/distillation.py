@@ -53,6 +53,7 @@ class Distillation(Harden):
         self.teacher = fresh()
         self.temperature = temperature
         self.layers = layers
+        self.learns_from_classifier = layers == "last"
         self.automatic_optimization = False
         if layers == "last":
             for network in (self.teacher, self.network):

@@ -48,7 +48,7 @@ class Diffusion(Purifier):
     """
 
     stochastic = True
-    at_test = frozenset({"eta", "gradient"})
+    at_test = frozenset({"eta", "gradient", "steps"})  # training meets all levels up to t_star whatever the steps
 
     def __init__(
         self,
