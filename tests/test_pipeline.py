@@ -152,7 +152,7 @@ def test_trainings_with_steps_of_their_own_over_two_processes(tmp_path: Path) ->
 
 
 class Interrupt(Callback):
-    """Ctrl-C in the second epoch, or in the second pass over the test images, as long as a file says so."""
+    """Ctrl-C at the end or in the middle of the second epoch, or in the second pass over the test images, as a file says."""
 
     def __init__(self, *, when: str) -> None:
         self.when = when
@@ -162,15 +162,21 @@ class Interrupt(Callback):
         if Path("stop").exists() and self.when == "fit" and trainer.current_epoch == 1:
             raise KeyboardInterrupt
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if Path("stop").exists() and self.when == "batch" and trainer.current_epoch == 1 and batch_idx > 20:
+            raise KeyboardInterrupt
+
     def on_test_start(self, trainer, pl_module) -> None:
         if Path("stop").exists() and self.when == "test" and any((Path("artifacts") / "records").glob("*.json")):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("when", ["fit", "test"])
+@pytest.mark.parametrize("when", ["fit", "batch", "test"])
 def test_ctrl_c_leaves_what_the_second_run_goes_on_from(command: Command, tmp_path: Path, when: str) -> None:
     stop = (f"+callbacks.stop._target_={__name__}.Interrupt", f"+callbacks.stop.when={when}")
     arguments = (*SMALL, "threat.eps=0.2", "classifier.dropout=0.2", "defense=feature_squeezing", *stop)
+    if when == "batch":  # what is looked at in mid-epoch is no place to go on from
+        arguments += ("+trainer.val_check_interval=0.5", "classifier.fit.batch_size=32")
     ok(command(*arguments, "paths.artifacts=undisturbed"))
     (tmp_path / "stop").touch()
     stopped = command(*arguments)
@@ -179,7 +185,7 @@ def test_ctrl_c_leaves_what_the_second_run_goes_on_from(command: Command, tmp_pa
     assert "interrupted" in stopped.err
     assert "Traceback" not in stopped.err
     resumed = ok(command(*arguments))
-    assert ("resuming" in resumed.out) == (when == "fit")
+    assert ("resuming" in resumed.out) == (when != "test")
     (one,), (two,) = (
         list(tmp_path.glob(f"{place}/classifier/[!.]*/weights.pt")) for place in ("undisturbed", "artifacts")
     )
