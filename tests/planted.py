@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.attacks.apgd import APGD
 from src.attacks.base import Attack
 from src.attacks.pgd import PGD
 from src.attacks.square import Square
@@ -213,6 +214,12 @@ PLANTED: dict[str, Fault] = {
     ),
     "random, undeclared, gray_box": Fault(
         lambda: seen(trained(faulty.LessRandom), target=trained()), ("redraws_disagree",)
+    ),
+    "random, undeclared, one member averages": Fault(
+        lambda: seen(
+            trained(faulty.Random), WorstCase(members={"pgd": PGD(steps=5), "apgd": APGD(steps=5, eot_iter=4)})
+        ),
+        ("random_without_eot",),
     ),
     "random, one draw": Fault(lambda: seen(trained(faulty.Random), stochastic=True, draws=20), ("redraws_disagree",)),
     "statistics over the batch": Fault(lambda: seen(trained(faulty.Neighbours)), ("batch_changes_verdict",)),

@@ -10,7 +10,7 @@ from torch import nn
 
 from src.attacks.apgd import APGD
 from src.attacks.base import Attack, Attacked
-from src.attacks.gradients import cross_entropy, dlr, dlr_pair, gradient
+from src.attacks.gradients import cross_entropy, dlr, dlr_pair, gradient, margin
 from src.attacks.pgd import PGD
 from src.attacks.query import Query
 from src.threat import Norm, ThreatModel
@@ -36,6 +36,32 @@ def batch(model: nn.Module, count: int = 24) -> tuple[torch.Tensor, torch.Tensor
     images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return images, model(images).argmax(dim=1)
+
+
+@pytest.mark.parametrize("loss", ["dlr", "dlr_targeted"])
+def test_of_images_meant_for_others_the_one_that_leads_most_is_kept(loss: str) -> None:
+    """The ratio divides by the spread of the logits: its largest value is not where the wrong class leads most."""
+
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = curved()
+            self.seen: list[float] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.network(x)
+            self.seen.append(float(margin(logits.detach(), labels).max()))
+            return logits
+
+    model = Notes()
+    images, answers = batch(model.network, 12)
+    for image, labels in zip(images.split(1), answers.split(1), strict=True):
+        model.seen.clear()
+        attacked = APGD(steps=20, loss=loss, target_classes=2)(
+            model, image, labels, ThreatModel(norm="linf", eps=0.1, exhaust=True)
+        )
+        assert attacked.success.all()
+        assert model.seen[-1] == pytest.approx(max(model.seen), rel=1e-4)
 
 
 def loss_of(model: nn.Module, attacked: Attacked, labels: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,21 @@ def test_foreign_module_is_attacked_at_test(loader: DataLoader) -> None:
     assert 0 < moved <= 0.3 + 1e-6
 
 
+def test_an_attack_does_not_draw_what_the_verdict_draws(loader: DataLoader) -> None:
+    """The verdict of a random model is drawn from (seed, first image): noise that knew it would be no control."""
+    seeds: list[int] = []
+
+    class Notes(FGSM):
+        def run(self, model, x, y, threat, *, generator):
+            seeds.append(generator.initial_seed())
+            return super().run(model, x, y, threat, generator=generator)
+
+    attack = AttackCallback(attack=Notes(), threat=ThreatModel(norm="linf", eps=0.1), seed=3)
+    trainer(attack).test(Foreign(), loader, verbose=False)
+    assert len(set(seeds)) == 2
+    assert not {seed_of(3, first) for first in range(32)} & set(seeds)
+
+
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_the_target_goes_to_the_device_and_back(
     loader: DataLoader, stage: str, monkeypatch: pytest.MonkeyPatch

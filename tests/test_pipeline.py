@@ -152,7 +152,7 @@ def test_trainings_with_steps_of_their_own_over_two_processes(tmp_path: Path) ->
 
 
 class Interrupt(Callback):
-    """Ctrl-C at the end or in the middle of the second epoch, or in the second pass over the test images, as a file says."""
+    """Ctrl-C at the end or in the middle of the second epoch, or in the second pass over the test images."""
 
     def __init__(self, *, when: str) -> None:
         self.when = when
