@@ -76,6 +76,20 @@ class Patience(EarlyStopping):
         trainer.should_stop = self.wait_count >= self.patience
 
 
+class Checkpoints(ModelCheckpoint):
+    """Knows them again where their folder has another name than before: Lightning forgets the best score then."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here, before = str(self.dirpath), str(state_dict["dirpath"])
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {moved(name): moved(each) for name, each in value.items()}
+            return here + value.removeprefix(before) if isinstance(value, str) and value.startswith(before) else value
+
+        super().load_state_dict(moved(state_dict))
+
+
 class OneNode(LightningEnvironment):
     """Processes of this machine alone, even where the environment tells of several, each with a job of its own."""
 
@@ -197,9 +211,9 @@ def fit(
     if recipe.channels_last:
         module.to(memory_format=torch.channels_last)
     data.configure(batch_size=recipe.batch_size, augment=recipe.augment)
-    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+    best = Checkpoints(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
     # Apart: Lightning's own save_last keeps an epoch only where it was the best so far. Whole epochs alone can go on.
-    last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+    last = Checkpoints(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     watchers: list[Callback] = [Seeded(seed), Finite(), best, last]
     if recipe.patience is not None:
         watchers.append(Patience(monitor, mode=mode, patience=recipe.patience, check_finite=False, strict=False))

@@ -125,6 +125,19 @@ def test_the_weights_of_the_best_epoch_are_kept_and_those_of_the_last_to_go_on_f
     assert (torch.load(tmp_path / "weights.pt", weights_only=True)["network.layer.weight"] == 1).all()
 
 
+def test_the_best_epoch_is_known_in_a_folder_that_was_moved(tmp_path: Path) -> None:
+    states = []
+    for name in ("before", "after"):
+        best = fit.Checkpoints(tmp_path / name, "best", monitor="val_loss")
+        path = str(tmp_path / name / "best.ckpt")
+        best.best_model_score, best.best_model_path, best.best_k_models = torch.tensor(0.5), path, {path: 0.5}
+        best.kth_best_model_path, best.kth_value = path, torch.tensor(0.5)
+        states.append(best.state_dict())
+    fresh = fit.Checkpoints(tmp_path / "after", "best", monitor="val_loss")
+    fresh.load_state_dict(states[0])
+    assert {**fresh.state_dict(), "current_score": None} == {**states[1], "current_score": None}
+
+
 def test_a_damaged_checkpoint_costs_epochs_and_not_the_training(tmp_path: Path) -> None:
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
     assert fit._last(tmp_path) is None
