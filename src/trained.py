@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ class Workshop:
         later = {argument: value for argument, value in node.items() if argument in module.at_test}
         about["node"] = {argument: value for argument, value in node.items() if argument not in later}
         about["batch"] = self.job.eval_batch_size  # validation, which chooses the weights, may draw batch by batch
-        key = self._trained(group, module, trained.fit, what, about, callbacks)
+        behind = {"classifier": classifier_key} if "classifier" in wanted else {}
+        key = self._trained(group, module, trained.fit, what, about, callbacks, told=behind)
         return module, content_key(training=key, at_test=later) if later else key
 
     def _trained_on(
@@ -204,8 +206,12 @@ class Workshop:
         about: dict[str, Any],
         callbacks: list[Callback] | None = None,
         seed: int | None = None,
+        told: Mapping[str, str] | None = None,
     ) -> str:
-        """Weights found or made, loaded into ``module``; the key."""
+        """Weights found or made, loaded into ``module``; the key.
+
+        ``about`` makes the key; ``told`` is written beside it.
+        """
         seed = self.job.seed if seed is None else seed
         if self.job.limit.epochs is not None:
             recipe = recipe.model_copy(update={"epochs": min(recipe.epochs, self.job.limit.epochs)})
@@ -242,7 +248,7 @@ class Workshop:
             key,
             what=what,
             build=train,
-            about=about,
+            about={**(told or {}), **about},
             like=(what, f"{kind} on {self.data.spec.name}"),
             images=recipe.epochs * len(self.data.train),
         )

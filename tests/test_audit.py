@@ -215,6 +215,21 @@ def test_the_seed_of_a_training_is_that_of_its_audit_unless_given(tmp_path: Path
         assert audit.composed([*audit.FIXED, "attack=noise", *subject, *given])[0].seed == seed
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"author": "me"}'])
+def test_somebody_elses_meta_says_nothing_of_the_weights(tmp_path: Path, text: str) -> None:
+    (tmp_path / "weights.pt").touch()
+    (tmp_path / "meta.json").write_text(text)
+    (only,) = target.subject_of(str(tmp_path / "weights.pt"), None)
+    assert only.startswith("classifier.checkpoint=")
+
+
+def test_a_config_that_is_no_yaml_is_said(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").touch()
+    (tmp_path / "net.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not YAML"):
+        target.subject_of(str(tmp_path / "w.pt"), tmp_path / "net.yaml")
+
+
 def test_the_digest_knows_weights_and_code() -> None:
     one, two = sound(), sound()
     assert own.digest(one) == own.digest(two)

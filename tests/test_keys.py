@@ -262,7 +262,13 @@ def test_what_is_drawn_batch_by_batch_depends_on_their_size(defense: str, kinds:
         (("callbacks=default",), True),
         (("+trainer.limit_train_batches=2",), False),
         (("+trainer.gradient_clip_val=0.5",), False),
-        (("+callbacks.swa._target_=pytorch_lightning.callbacks.StochasticWeightAveraging",), False),
+        (
+            (
+                "+callbacks.swa._target_=pytorch_lightning.callbacks.StochasticWeightAveraging",
+                "+callbacks.swa.swa_lrs=0.01",
+            ),
+            False,
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -130,6 +130,14 @@ def test_gc_shows_first_and_frees_only_what_nothing_needs(root: Path, capsys: py
     assert "nothing to free" in capsys.readouterr().out
 
 
+def test_gc_frees_nothing_where_a_folder_of_records_is_misspelled(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["gc", "--artifacts", str(root), "--records", str(root / "record"), "--yes"]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    assert (root / "defense" / "cccc").exists()
+
+
 def test_gc_spares_what_is_being_made_and_what_older_records_name(root: Path) -> None:
     (root / "defense" / ".dddd.partial").mkdir()
     _made(root / "defense" / ".dddd.partial", hours_ago=YOUNG + 1)

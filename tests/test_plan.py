@@ -82,6 +82,16 @@ def test_a_plan_says_which_jobs_cannot_work_and_launches_none(command: Command, 
     assert not list(tmp_path.rglob("records"))
 
 
+def test_what_one_of_a_list_makes_impossible_is_no_fault_of_the_others(command: Command) -> None:
+    refused = command(
+        "-m", *SMALL, "attack=fgsm", "defense=none", "threat.eps=0.1", "threat.access=[gray_box,white_box],black_box",
+        "+plan=true",
+    )  # fmt: skip
+    assert refused.code == 1
+    assert "2 cells: 0 found, 2 to measure" in refused.out
+    assert "needs gradients" in refused.error_lines[0]
+
+
 class Witness(NoTracker):
     """Counts the runs that were started."""
 

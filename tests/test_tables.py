@@ -105,11 +105,19 @@ def test_only_cells_of_one_threat_and_one_model_are_compared(tmp_path: Path) -> 
         {"eps": 0.2}, {"access": "white_box"}, {"defense": "jpeg"}, {"seed": 1}, {"targeted": True}, {"norm": "l2"},
         {"variant": "defense.noise=1"}, {"variant": "defense@defense.parts.first=vae_kl"},
         {"variant": "attack@defense.trained_on.attack=fgsm"}, {"variant": "~attack@defense.trained_on.validation"},
-        {"stages": {"defense": "other"}}, {"stages": {"surrogate": "other"}}, {"stages": {"data": "other"}},
+        {"stages": {"defense": "other"}}, {"stages": {"data": "other"}},
         {"attack": "fgsm"},
     ):  # fmt: skip
         other = verdicts(cell(**{"attack": "pgd", "key": "other", **change}), tmp_path, [1, 1])
         assert worst_cases([one, other], sidecars.find([tmp_path])) == [], change
+    for surrogates, count in (("aa", 1), ("ab", 0)):
+        seen = [
+            verdicts(
+                cell(attack=name, access="transfer", key=f"{name}-t", stages={"surrogate": each}), tmp_path, [0, 1]
+            )
+            for name, each in zip(("fgsm", "pgd"), surrogates, strict=True)
+        ]
+        assert len(worst_cases(seen, sidecars.find([tmp_path]))) == count
     fewer = verdicts(cell(attack="pgd", key="fewer"), tmp_path, [1])
     assert worst_cases([one, fewer], sidecars.find([tmp_path])) == []
     more = verdicts(cell(attack="fgsm", variant="attack.steps=9", key="more"), tmp_path, [1, 0])
@@ -213,6 +221,8 @@ def test_pivot_by_any_keys() -> None:
     [
         (["defense"], ["access"], [], "robust_accuracy", "differ in attack; figures are never averaged"),
         (["colour"], [], [], "robust_accuracy", "unknown key 'colour'"),
+        (["defense", "defense"], ["access"], [], "robust_accuracy", "defense is named twice"),
+        (["defense"], ["eps", "defense"], [], "robust_accuracy", "defense is named twice"),
         (["defense"], [], ["eps=0.5"], "robust_accuracy", "no such row. eps has 8/255"),
         (["defense"], [], ["eps=x"], "robust_accuracy", "expected a number"),
         (["defense"], ["attack", "access"], [], "flags", "not a column of numbers"),
