@@ -36,7 +36,13 @@ def test_a_list_of_defenses_is_the_chain_of_them() -> None:
 
 
 def test_other_lists_stay_as_they_are() -> None:
-    words = ["analysis=[confusion,over_eps]", "defense.temperatures=[10,40]", "~defense.fit", "threat.eps=[0.1]", "--help"]
+    words = [
+        "analysis=[confusion,over_eps]",
+        "defense.temperatures=[10,40]",
+        "~defense.fit",
+        "threat.eps=[0.1]",
+        "--help",
+    ]
     assert understood(words) == words
 
 
