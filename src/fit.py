@@ -18,7 +18,7 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import Tensor
 
@@ -30,8 +30,8 @@ from src.classifiers.module import Classifier
 from src.data.base import ImageDataModule
 from src.defenses.base import Defense
 from src.errors import UserError
-from src.keys import seed_of
 from src.recipe import Recipe
+from src.resuming import Checkpoints, Patience, Seeded, last_of
 from src.stages import clear
 
 log = logging.getLogger(__name__)
@@ -47,16 +47,6 @@ for message in (
     warnings.filterwarnings("ignore", message)
 
 
-class Seeded(Callback):
-    """Sets the global random state at each epoch, so that a resumed training goes on as an undisturbed one."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.manual_seed(seed_of(self.seed, trainer.current_epoch, trainer.global_rank))
-
-
 class Finite(Callback):
     """Stops at a loss that is NaN or infinite, before it is saved as a result."""
 
@@ -67,27 +57,6 @@ class Finite(Callback):
                     f"{name}={float(value)} in epoch {trainer.current_epoch} of {type(pl_module).__name__}: "
                     "training diverged; lower fit.lr or use fit.precision=32-true"
                 )
-
-
-class Patience(EarlyStopping):
-    """Early stopping that knows, when a training is resumed, that it had stopped already."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.should_stop = self.wait_count >= self.patience
-
-
-class Checkpoints(ModelCheckpoint):
-    """Knows them again where their folder has another name than before: Lightning forgets the best score then."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        here, before = str(self.dirpath), str(state_dict["dirpath"])
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {moved(name): moved(each) for name, each in value.items()}
-            return here + value.removeprefix(before) if isinstance(value, str) and value.startswith(before) else value
-
-        super().load_state_dict(moved(state_dict))
 
 
 class OneNode(LightningEnvironment):
@@ -228,7 +197,7 @@ def fit(
     }
     if in_processes(config) and not module.automatic_optimization:  # its backward passes reach some of the weights each
         options["strategy"] = f"{config['strategy']}_find_unused_parameters_true"
-    _together(Run(config, options, "fit", module, data, {"ckpt_path": _last(folder), "weights_only": True}))
+    _together(Run(config, options, "fit", module, data, {"ckpt_path": last_of(folder), "weights_only": True}))
     if not best.best_model_path:
         raise UserError(
             "trainer: no epoch was validated, so none can be chosen. Leave out max_steps, limit_val_batches and "
@@ -281,28 +250,6 @@ def _interruptible() -> Iterator[None]:
         raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def _last(folder: Path) -> Path | None:
-    """The checkpoint an interrupted training left, if it can be read: that of the last epoch, else of the best."""
-    best, last = folder / "best.ckpt", folder / "last.ckpt"
-    if _readable(best):  # without it the last is of no use: no later epoch need be as good
-        return last if _readable(last) else best
-    if best.exists() or last.exists():
-        log.warning("%s: training begins again: there is no checkpoint of the best epoch that can be read", folder)
-        clear(folder, "*.ckpt", "curves")
-    return None
-
-
-def _readable(path: Path) -> bool:
-    try:
-        torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        return False
-    except Exception as error:  # cut short, not a checkpoint, or a pickle that would run code
-        log.warning("%s: cannot be read (%s)", path, type(error).__name__)
-        return False
-    return True
 
 
 def evaluate(

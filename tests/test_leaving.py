@@ -19,7 +19,7 @@ import torch
 from hydra.core.plugins import Plugins
 from pytorch_lightning import Callback
 
-from src import curves, fit, job, leaving, records, report
+from src import curves, job, leaving, records, report, resuming
 from src.measure import Bench
 from src.records import Record
 from src.stages import Stages, alone
@@ -99,7 +99,7 @@ def test_a_training_whose_weights_could_not_be_written_is_not_made_again(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     epochs: list[int] = []
-    monkeypatch.setattr(fit.Seeded, "on_train_epoch_start", lambda _, trainer, *__: epochs.append(1))
+    monkeypatch.setattr(resuming.Seeded, "on_train_epoch_start", lambda _, trainer, *__: epochs.append(1))
     arguments = (*TINY, "limit.epochs=2", "defense=none", "attack=noise", "threat.access=white_box")
     with monkeypatch.context() as patch:
         patch.setattr(records, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))

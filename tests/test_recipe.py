@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from src import fit
+from src import fit, resuming
 from src.classifiers.module import Classifier
 from src.data.digits import Digits
 from src.recipe import Recipe
@@ -128,25 +128,25 @@ def test_the_weights_of_the_best_epoch_are_kept_and_those_of_the_last_to_go_on_f
 def test_the_best_epoch_is_known_in_a_folder_that_was_moved(tmp_path: Path) -> None:
     states = []
     for name in ("before", "after"):
-        best = fit.Checkpoints(tmp_path / name, "best", monitor="val_loss")
+        best = resuming.Checkpoints(tmp_path / name, "best", monitor="val_loss")
         path = str(tmp_path / name / "best.ckpt")
         best.best_model_score, best.best_model_path, best.best_k_models = torch.tensor(0.5), path, {path: 0.5}
         best.kth_best_model_path, best.kth_value = path, torch.tensor(0.5)
         states.append(best.state_dict())
-    fresh = fit.Checkpoints(tmp_path / "after", "best", monitor="val_loss")
+    fresh = resuming.Checkpoints(tmp_path / "after", "best", monitor="val_loss")
     fresh.load_state_dict(states[0])
     assert {**fresh.state_dict(), "current_score": None} == {**states[1], "current_score": None}
 
 
 def test_a_damaged_checkpoint_costs_epochs_and_not_the_training(tmp_path: Path) -> None:
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
-    assert fit._last(tmp_path) is None
+    assert resuming.last_of(tmp_path) is None
     torch.save({"epoch": 3}, best)
     last.write_bytes(best.read_bytes()[:100])
-    assert fit._last(tmp_path) == best
+    assert resuming.last_of(tmp_path) == best
     for damage in (lambda: best.write_bytes(b""), lambda: best.unlink(missing_ok=True)):
         torch.save({"epoch": 3}, last)
         damage()
-        assert fit._last(tmp_path) is None, "the best epoch may lie behind the last"
+        assert resuming.last_of(tmp_path) is None, "the best epoch may lie behind the last"
         assert not list(tmp_path.iterdir())
         torch.save({"epoch": 3}, best)

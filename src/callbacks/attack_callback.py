@@ -103,9 +103,8 @@ class AttackCallback(Callback):
         first = int(batch["index"][0]) if isinstance(batch, dict) and "index" in batch else batch_idx
         image, label = _keys(batch)
         clean = batch[image]
-        generator = torch.Generator().manual_seed(
-            seed_of(self.seed, first, 1)
-        )  # the verdict's draws come from (seed, first)
+        # Apart from the verdict's draws, which come from (seed, first).
+        generator = torch.Generator().manual_seed(seed_of(self.seed, first, 1))
         started = time.perf_counter()
         model = self.target or pl_module
         attacked = self.attack(model, clean, batch[label], self.threat, generator=generator, search=self.search)
