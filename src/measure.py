@@ -51,22 +51,21 @@ class Bench:
     def cell(self, eps: float, access: Access, folder: Path) -> Record:
         """The record of a cell, found in the cache or measured; a copy with its pictures lands in ``folder``."""
         threat = self._threat(eps)
-        key = self._key(threat, access)
-        store = self.stages.root / "records"
-        store.mkdir(parents=True, exist_ok=True)
-        with alone(store / f".{key}.lock", f"record {self.names.attack} eps {eps:.4g} {access}"):
+        same, key = self._keys(threat, access)
+        self._store.mkdir(parents=True, exist_ok=True)
+        with alone(self._store / f".{same}.lock", f"record {self.names.attack} eps {eps:.4g} {access}"):
             record = self.recall(eps, access, folder)
             if record is None:
-                record, arrays = self._measure(key, threat, access)
-                records.save_sidecar(store / f"{key}.npz", arrays)
-                records.copy(records.save(record, store), folder)
-                records.copy(store / f"{key}.npz", folder)
+                record = self._namesake(same, key) or self._measured(threat, access, key)
+                records.copy(records.save(record, self._store), folder)
+                records.copy(self._store / f"{key}.npz", folder)
+                records.write_whole(self._store / f".{same}.key", key.encode())
         return record
 
     def recall(self, eps: float, access: Access, folder: Path) -> Record | None:
         """The record of a cell if the cache has it, with a copy in ``folder``; nothing trained is needed for it."""
-        key = self._key(self._threat(eps), access)
-        path = self.stages.root / "records" / f"{key}.json"
+        _, key = self._keys(self._threat(eps), access)
+        path = self._store / f"{key}.json"
         record = self._found(path)
         if record is not None:
             records.copy(path, folder)
@@ -76,10 +75,10 @@ class Bench:
     def planned(self, eps: float, access: Access) -> dict[str, Any]:
         """What is known of a cell before it is measured; the stages it would need are asked of the cache."""
         threat = self._threat(eps)
-        key = self._key(threat, access)
-        path = self.stages.root / "records" / f"{key}.json"
+        same, key = self._keys(threat, access)
+        paths = [self._store / f"{each}.json" for each in (key, self._other(same)) if each]
         # Of the verdicts the end of the file alone: to read them all takes milliseconds, of thousands of cells.
-        present = path.exists() and zipfile.is_zipfile(path.with_suffix(".npz"))
+        present = any(path.exists() and zipfile.is_zipfile(path.with_suffix(".npz")) for path in paths)
         if not present:
             self.images.stage(threat, access)
             _ = self._certified
@@ -133,9 +132,31 @@ class Bench:
         """Of these stages those that a cell of that access depends on: a surrogate serves transfer alone."""
         return {kind: key for kind, key in keys.items() if kind != "surrogate" or access is Access.TRANSFER}
 
-    def _key(self, threat: ThreatModel, access: Access) -> str:
-        return content_key(
-            names=asdict(self.names),
+    @property
+    def _store(self) -> Path:
+        return self.stages.root / "records"
+
+    def _other(self, same: str) -> str:
+        """Key of a record of the same cell, whatever it was called when it was measured; empty where there is none."""
+        try:
+            return (self._store / f".{same}.key").read_text()
+        except FileNotFoundError:
+            return ""
+
+    def _namesake(self, same: str, key: str) -> Record | None:
+        """The record of the same cell that was called otherwise, under these names: an override may say what holds."""
+        if not (other := self._other(same)):
+            return None
+        record = self._found(path := self._store / f"{other}.json")
+        if record is None:
+            return None
+        records.write_whole(self._store / f"{key}.npz", path.with_suffix(".npz").read_bytes())
+        config = self.job.model_dump(mode="json")
+        return record.model_copy(update={"key": key, "config": config, **asdict(self.names)})
+
+    def _keys(self, threat: ThreatModel, access: Access) -> tuple[str, str]:
+        """Of what is measured, and of the record, whose names say what the user called it."""
+        same = content_key(
             **self._of(access, self.keys),
             attack=self.images.parts(threat),
             access=access,
@@ -145,8 +166,9 @@ class Bench:
                 type(self.subject.defended), Collect, Bench, AttackedImages, Checked, to_record, withstood, *SOURCES
             ),
         )
+        return same, content_key(same=same, names=asdict(self.names))
 
-    def _measure(self, key: str, threat: ThreatModel, access: Access) -> tuple[Record, dict[str, Any]]:
+    def _measured(self, threat: ThreatModel, access: Access, key: str) -> Record:
         started, before = time.perf_counter(), self.stages.seconds
         self.stages.used.clear()
         clean = self._clean
@@ -178,7 +200,9 @@ class Bench:
         log.info("%s %s eps %.4g %s: robust accuracy %.4f (n=%d)", self.names.defense, self.names.attack,
                  threat.eps, access, record.robust_accuracy, record.n)  # fmt: skip
         subject, classes = self.subject, self.data.spec.classes
-        return record, to_sidecar(self.job, classes, subject.classifier, subject.defended, **outcome)
+        arrays = to_sidecar(self.job, classes, subject.classifier, subject.defended, **outcome)
+        records.save_sidecar(self._store / f"{key}.npz", arrays)
+        return record
 
     @cached_property
     def _clean(self) -> Table:

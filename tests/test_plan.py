@@ -211,14 +211,17 @@ def test_a_cell_is_measured_once_and_by_one_process_at_a_time(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     bench = planned("defense=jpeg")
 
-    def measured(self: Bench, key: str, *_: Any) -> tuple[Record, dict[str, Any]]:
+    def measured(self: Bench, threat: Any, access: Access, key: str) -> Record:
+        store = tmp_path / "artifacts" / "records"
+        (lock,) = store.glob(".*.lock")
         with pytest.raises(Timeout):  # held
-            FileLock(tmp_path / "artifacts" / "records" / f".{key}.lock").acquire(timeout=0)
-        return took(1.0).model_copy(update={"key": key}), {"label": np.arange(9)}
+            FileLock(lock).acquire(timeout=0)
+        records.save_sidecar(store / f"{key}.npz", {"label": np.arange(9)})
+        return took(1.0).model_copy(update={"key": key})
 
-    monkeypatch.setattr(Bench, "_measure", measured)
+    monkeypatch.setattr(Bench, "_measured", measured)
     first = bench.cell(0.1, Access.WHITE_BOX, tmp_path / "run")
-    monkeypatch.setattr(Bench, "_measure", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(Bench, "_measured", lambda *_: pytest.fail("measured twice"))
     assert bench.cell(0.1, Access.WHITE_BOX, tmp_path / "again") == first
     assert len(list((tmp_path / "again").iterdir())) == 2  # with its verdicts
 
