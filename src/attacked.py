@@ -22,6 +22,7 @@ from src.outcome import Table
 from src.stages import Stages
 from src.subject import Names, Subject
 from src.threat import Access, ThreatModel
+from src.variant import beside
 
 LOOKED_AT = {"cheap": 64, "full": 256}  # first images that the checks, and the examples, are taken from
 
@@ -52,6 +53,7 @@ class AttackedImages:
             "seed": self.job.seed,
             "batch": self.job.eval_batch_size,
             "search": str(self.search),
+            **beside(vars(self.job)),
             "source": source_digest(*self.attack.kinds(threat.norm), ThreatModel, AttackCallback, within="src.attacks"),
         }
 

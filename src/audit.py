@@ -21,7 +21,7 @@ from typing import Any
 
 from src.errors import UserError
 from src.target import kept, subject_of
-from src.variant import group_of, what
+from src.variant import group_of, of_task, what
 
 FIXED = ("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
 RADII = ("linf", "l2")
@@ -93,7 +93,8 @@ def audit(options: argparse.Namespace) -> str:
     # The model first, with an attack that asks nothing of it: which attack suits it is known then.
     model = [item for item in common if group_of(item) not in ("attack", "threat")]
     job, chosen = composed([*model, "attack=noise", "threat=linf", "threat.eps=0"])
-    names = Names(**{kind: chosen[kind] for kind in ("dataset", "classifier", "defense")}, attack="noise")
+    told = {kind: chosen[kind] for kind in ("dataset", "classifier", "defense")}
+    names = Names(**told, attack="noise", variant=of_task(subject))
     stages = Stages(Path(job.paths.artifacts))
     first, _ = pipeline.prepare(job, names, stages, NoTracker())
     defended = first.subject.defended
@@ -193,11 +194,14 @@ def verdict(target: str, records: Sequence[Any], out: Path, further: Iterable[st
             told = f"unreliable (at most {told})"
         access = " and ".join(cell.access for cell in cells)
         lines.append(f"{f'worst case {norm} {format_eps(eps)}':<24}{told} ({cells[0].attack}, {access})")
-    raised = {flag: record for record in records for flag in record.flags}
-    lines.append("flags: none" if not raised else "flags (docs/checks.md):")
-    for flag, record in raised.items():
+    raised: dict[str, list[Any]] = {}
+    for record in records:
+        for flag in record.flags:
+            raised.setdefault(flag, []).append(record)
+    lines.append("flags: none" if not raised else "flags (docs/checks.md), the worst figure of each:")
+    for flag, those in raised.items():
         weight = "decisive" if FLAGS[flag].decisive else "advice"
-        lines.append(f"  {flag} = {record.checks[flag]:.3g} ({weight}): {FLAGS[flag].says}")
+        lines.append(f"  {flag} = {max(each.checks[flag] for each in those):.3g} ({weight}): {FLAGS[flag].says}")
     lines += [f"records, tables and figures: {out}", "to look further:", *(f"  {line}" for line in further)]
     return "\n".join(lines)
 

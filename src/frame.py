@@ -16,6 +16,7 @@ from src.checks.across import across
 from src.checks.flags import unreliable
 from src.errors import UserError
 from src.records import Record
+from src.variant import data_apart
 
 if TYPE_CHECKING:
     import xarray
@@ -111,7 +112,11 @@ def load(paths: Iterable[Path | str] | Path | str, *, worst: bool = True) -> Res
 def to_frame(records: Iterable[Record]) -> Results:
     """One row a cell, columns as in :data:`COLUMNS`; missing numbers are NaN, flags joined by ``;``."""
     rows = sorted(records, key=store.order)
-    return Results({name: [_plain(row, name) for row in rows] for name in COLUMNS}).astype(_DTYPES)
+    columns = {name: [_plain(row, name) for row in rows] for name in COLUMNS}
+    columns["variant"] = [
+        ",".join(filter(None, names)) for names in zip(columns["variant"], data_apart(rows), strict=True)
+    ]
+    return Results(columns).astype(_DTYPES)
 
 
 def _plain(record: Record, name: str) -> Any:

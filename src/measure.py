@@ -83,7 +83,7 @@ class Bench:
             self.images.stage(threat, access)
             _ = self._certified
         of = {"access": str(access), "eps": eps, "n": len(self.data.test), **asdict(self.names)}
-        return {"key": key, "present": present, **of}
+        return {"key": key, "same": same, "present": present, **of}
 
     def _threat(self, eps: float) -> ThreatModel:
         job, reach = self.job.threat, self.attack.reach(*self.data.spec.size)
@@ -152,7 +152,8 @@ class Bench:
             return None
         records.write_whole(self._store / f"{key}.npz", path.with_suffix(".npz").read_bytes())
         config = self.job.model_dump(mode="json")
-        return record.model_copy(update={"key": key, "config": config, **asdict(self.names)})
+        stages = self._of(Access(record.access), self.subject.made | self.keys)  # parts have their labels in its config
+        return record.model_copy(update={"key": key, "config": config, "stages": stages, **asdict(self.names)})
 
     def _keys(self, threat: ThreatModel, access: Access) -> tuple[str, str]:
         """Of what is measured, and of the record, whose names say what the user called it."""
@@ -163,7 +164,15 @@ class Bench:
             draws=self.images.draws,
             checks=self.job.checks,
             source=source_digest(
-                type(self.subject.defended), Collect, Bench, AttackedImages, Checked, to_record, withstood, *SOURCES
+                type(self.subject.defended),
+                Collect,
+                Bench,
+                AttackedImages,
+                Checked,
+                to_record,
+                withstood,
+                certified,
+                *SOURCES,
             ),
         )
         return same, content_key(same=same, names=asdict(self.names))

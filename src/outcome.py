@@ -49,7 +49,7 @@ def to_record(
     detection = _detection(clean, seen, right) if "behind" in seen else {}
     turned = right & made["attempted"] & ~held
     if threat.targeted:  # reached on the attacked model, and by the defended one's answer as well
-        turned &= made["success"] & (seen["prediction"] == made["prediction"])
+        turned &= made["success"] & (seen["prediction"] == made["reached"])
     low, high = wilson(int(held.sum()), len(label))
     checks = checks | {"few_images": round(high - low, 6)}
     worked = made.get("found", made["attempted"])

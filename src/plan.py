@@ -36,7 +36,8 @@ def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]
         records: cells measured so far.
         metas: ``meta.json`` of the stages in the cache.
     """
-    cells = [cell for cell in plan.cells.values() if not cell["present"]]
+    absent = [cell for cell in plan.cells.values() if not cell["present"]]
+    cells = list({cell["same"]: cell for cell in absent}.values())
     stages = [stage for stage in plan.stages.values() if not stage["present"]]
     before = _estimator((_shape(vars(record)), record.n, record.wall_seconds) for record in records)
     made = _estimator((tuple(meta["like"]), meta["images"], meta["seconds"]) for meta in metas)
@@ -44,8 +45,10 @@ def report(plan: Plan, records: Iterable[Record], metas: Iterable[dict[str, Any]
     times += [made(stage["like"], stage["images"]) for stage in stages]
     known = [seconds for seconds in times if seconds is not None]
     unknown = len(times) - len(known)
+    twins = len(absent) - len(cells)
+    again = f", {twins} the same as another but in what they are called" if twins else ""
     lines = [
-        f"{len(plan.cells)} cells: {len(plan.cells) - len(cells)} found, {len(cells)} to measure",
+        f"{len(plan.cells)} cells: {len(plan.cells) - len(absent)} found, {len(cells)} to measure{again}",
         f"{len(plan.stages)} stages: {len(plan.stages) - len(stages)} found, {len(stages)} to make",
         *(f"  {stage['what']} ({key})" for key, stage in plan.stages.items() if not stage["present"]),
     ]

@@ -20,6 +20,7 @@ KEPT = (
     "defense",
     "seed",
     "eot_draws",
+    "eval_batch_size",
     "paths",
     "limit.epochs",
     "limit.train_images",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,18 @@ def places(record: Record) -> dict[str, str]:
     for kind in ("classifier", "defense", *(["surrogate"] if record.access == "transfer" else [])):
         look(record.config.get(kind), kind)
     return found
+
+
+def data_apart(records: Sequence[Record]) -> list[str]:
+    """Of each record the file name of its data, as an override, where data sets of one choice lie in several places."""
+    roots = [places(record).get("dataset.root", "") for record in records]
+    found: dict[str, set[str]] = {}
+    for record, root in zip(records, roots, strict=True):
+        found.setdefault(record.dataset, set()).add(root)
+    return [
+        f"dataset.root={root}" if root and len(found[record.dataset]) > 1 else ""
+        for record, root in zip(records, roots, strict=True)
+    ]
 
 
 def own_weights(record: Record) -> list[str]:

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WORST = "worst_of_all"  # what stands in the column of the attack
+OF_ALL = {
+    "batch_changes_verdict",
+    "threshold_not_clean",
+    "test_in_training",
+}  # decisive flags that no attack is to blame for
+
+
+_SHARED = ("dataset", "classifier", "defense", "surrogate", "paths")
 
 
 def worst_cases(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]:
@@ -79,6 +87,8 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
         "key": "worst-" + min(r.key for r in group),
         "attack": WORST,
         "variant": variant_of(first),
+        # What the attacks share, of which tables tell models and data of one name apart.
+        "config": {kind: node for kind, node in first.config.items() if kind in _SHARED},
         "created": max(r.created for r in group),
         "flags": _flags(group),
         "uses": sorted(r.key for r in group),
@@ -106,10 +116,13 @@ def _worst(group: Sequence[Record], files: Mapping[str, Path]) -> Record:
 
 
 def _flags(group: Sequence[Record]) -> list[str]:
-    """What any attack raised; but that an attack failed matters only where all did that are more than noise."""
+    """What any attack raised; but that an attack failed matters only where all did that are more than noise.
+
+    What is wrong with the data or with every verdict counts wherever it was looked for.
+    """
     attacks = [r for r in group if r.attack != "noise"] or group
     shared = set.intersection(*(set(r.flags) for r in attacks))
-    return sorted({flag for r in group for flag in r.flags if flag in shared or not unreliable([flag])})
+    return sorted({flag for r in group for flag in r.flags if flag in shared | OF_ALL or not unreliable([flag])})
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

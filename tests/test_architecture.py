@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "terminal": {"records", "tables"},
     "sidecars": {"records"},
     "worst": {"records", "variant", "sidecars", "checks"},
-    "frame": {"records", "checks", "sidecars", "worst", "errors"},
+    "frame": {"records", "variant", "checks", "sidecars", "worst", "errors"},
     "report": {"records", "sidecars", "worst", "frame", "tables", "uncertainty", "checks", "errors", "analysis"}
     | {"keys", "variant", "report", "retry", "several", "terminal", "tracking"},
     "several": {"errors"},
@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "attacks": {"threat", "errors", "build", "attacks"},
     "defenses": {"threat", "errors", "recipe", "defenses"},
     "callbacks": {"attacks", "checks", "threat", "errors", "keys", "records", "report", "tracking"}
-    | {"leaving", "plan", "retry", "sidecars", "sweep", "terminal", "callbacks"},
+    | {"leaving", "plan", "retry", "sidecars", "sweep", "terminal", "variant", "callbacks"},
 }
 
 

@@ -61,6 +61,7 @@ def test_a_module_and_its_callable(judged: Callable[..., str], tmp_path: Path) -
     assert [(r.norm, r.eps, r.access, r.classifier, r.n) for r in found] == [
         ("l2", 0.5, "white_box", "own", 60), ("linf", 0.15, "white_box", "own", 60)
     ]  # fmt: skip
+    assert {r.variant for r in found} == {"classifier.model=tests.test_audit:sound"}
     assert all(0 < r.robust_accuracy < r.clean_accuracy for r in found)
     assert f"worst case linf 0.15    {100 * found[1].robust_accuracy:.1f} %" in text
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("python -m src.train")]
@@ -110,10 +111,11 @@ def stage_keys(job: config.Job, artifacts: Path) -> dict[str, str]:
         ["defense=autoencoder", "attack@defense.trained_on.attack=pgd", "++defense.noise=0", "~defense.activation"],
         ["+sweep=defenses_mnist", "defense=rbf", "threat.access=transfer", "+classifier@surrogate=cnn3"],
         ["+experiment=cifar_pgd_counter_gan", "dataset=digits", "seed=3", "+debug=quick", "attack.steps=3"],
+        ["defense=vae", "eval_batch_size=64"],
         ["callbacks=default", "+trainer.gradient_clip_val=0.5", "trainer.enable_progress_bar=true", "trainer=debug"],
         ["defense=none", f"+callbacks.mine={{_target_:{WEIGHTS_AVERAGED},swa_lrs:1e-2}}", "++trainer.max_steps=9"],
     ],
-    ids=["chain", "plus", "sweep", "experiment", "trainer", "callback"],
+    ids=["chain", "plus", "sweep", "experiment", "batch", "trainer", "callback"],
 )
 def test_of_a_run_the_very_model_is_judged(command: Command, words: list[str], tmp_path: Path) -> None:
     outcome = command(*QUIET, *words, "paths.data=x", "+plan=true", "paths.artifacts=elsewhere")

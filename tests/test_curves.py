@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from src import frame, report, sidecars, tables
 from src import records as store
-from src import report, sidecars, tables
 from src.analysis import curves, pictures, points
 from src.records import Record
 from src.report import page
@@ -150,3 +150,22 @@ def test_no_pictures_without_sound_sidecars(tmp_path: Path) -> None:
     (tmp_path / f"{cell().key}.npz").write_bytes(b"damaged")
     assert pictures.picture_grid(pair(), tmp_path, tmp_path / "p.png") is None
     assert not (tmp_path / "p.png").exists()
+
+
+def test_data_sets_of_one_choice_are_told_apart(tmp_path: Path) -> None:
+    """Two files that are both dataset=npz: two lines, two pictures, two rows, two places of the cube."""
+    cells = [
+        r for name in "ab"
+        for r in pair(config={"dataset": {"root": f"x/{name}.npz"}}, stages={"data": name}, key=name)
+    ]  # fmt: skip
+    cells = [r.model_copy(update={"key": f"{r.key}{r.access}"}) for r in cells]
+    wanted = {"dataset.root=a.npz", "dataset.root=b.npz"}
+    named, shared = points.told_apart(cells)
+    assert ({r.variant for r in named}, shared) == (wanted, "")
+    assert {key[-1] for key in pictures.groups(cells)} == wanted
+    table = frame.to_frame(cells)
+    assert set(table["variant"]) == wanted
+    assert table.to_xarray().sizes["variant"] == 2
+    text = page.write_page(cells, tmp_path / "report.html").read_text()
+    assert all(f'"{name}"' in text for name in wanted)
+    assert points.told_apart(cells[:2])[1] == "", "one alone is called as before"

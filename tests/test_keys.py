@@ -79,7 +79,7 @@ def test_weights_of_ones_own_are_known_by_all_that_is_chosen_beside_them(group: 
 
 def test_a_cell_is_named_by_all_that_its_figures_depend_on() -> None:
     one = planned("defense=smoothing", "attack=pgd", "threat=linf")
-    job, data = one.job, copy.copy(one.data)
+    job, data, own = one.job, copy.copy(one.data), {"own": {"_target_": "x.Callback"}}
     data.fingerprint = "other images"
 
     def key(
@@ -95,7 +95,8 @@ def test_a_cell_is_named_by_all_that_its_figures_depend_on() -> None:
     keys = [
         key(), key(0.2), key(access=Access.GRAY_BOX), key(data=data), key(keys={"classifier": "x"}),
         key(keys={"defense": "x"}), key(names={"variant": "x"}), key(seed=1), key(eval_batch_size=7), key(eot_draws=3),
-        key(search_precision="bf16-mixed"), key(checks="full"), key(attack=job.attack | {"steps": 3}),
+        key(search_precision="bf16-mixed"), key(checks="full"), key(callbacks=own),
+        key(attack=job.attack | {"steps": 3}),
         key(threat=threat(norm="l2")), key(threat=threat(targeted=True)), key(threat=threat(quantize=True)),
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
@@ -117,6 +118,7 @@ def test_images_of_a_search_are_named_by_the_whole_model_that_it_met() -> None:
     named = [
         images(), images(classifier="x"), images(defense="x"), images(eot_draws=3), images(Access.BLACK_BOX),
         images(Access.GRAY_BOX), images(Access.GRAY_BOX, classifier="x"), images(Access.GRAY_BOX, seed=1),
+        images(Access.GRAY_BOX, callbacks={"own": {"_target_": "x.Callback"}}),
     ]  # fmt: skip
     assert len(set(named)) == len(named)
     assert images(eps=2.0) == named[0]

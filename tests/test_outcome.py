@@ -39,7 +39,7 @@ def tables() -> dict[str, Table]:
         "rejected": torch.tensor(CLEAN) == 3, "suspicion": torch.tensor(BEFORE), "seconds": nothing,
     }  # fmt: skip
     made = {
-        "label": label, "prediction": torch.tensor(MADE), "attempted": tried,
+        "label": label, "prediction": torch.tensor(MADE), "reached": torch.tensor(MADE), "attempted": tried,
         "success": tried & (torch.tensor(MADE) == 1) & (torch.arange(10) != 9),  # 9 became another class than asked for
         "distance": torch.tensor([0.1, 0.2, 0.3, 0.3, 0.2, 0.0, 0.0, 0.3, 0.3, 0.3]), "attack_seconds": nothing,
         "forward_passes": torch.where(tried, 8, 1), "backward_passes": torch.where(tried, 4, 0),
@@ -96,6 +96,13 @@ def test_every_figure_of_a_record_by_hand(tmp_path: Path) -> None:
     kept = sidecars.read(path, ("picture_label",))
     assert kept is not None
     assert len(kept["picture_label"]) == 6  # right with and without the defense
+
+
+def test_a_target_is_reached_where_the_draw_that_counts_says_it_too() -> None:
+    """Of a random model ``prediction`` is what the draw that counts says, ``reached`` what the mean of draws says."""
+    told = tables()
+    told["made"]["prediction"] = told["seen"]["prediction"]
+    assert counted(told, Access.WHITE_BOX, targeted=True).attack_success_rate == pytest.approx(1 / 6)
 
 
 def test_without_a_detector_what_is_right_has_held() -> None:

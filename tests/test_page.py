@@ -249,3 +249,8 @@ def test_ten_thousand_records_in_a_browser(browser: Any, tmp_path: Path) -> None
     assert "9,990 rows" in sheet.locator(".dt-info").inner_text()
     sheet.fill("input[data-column=seed]", "3..4")
     drawn(sheet, 74)
+
+
+def test_the_gap_stands_at_the_two_cells_that_it_is_of() -> None:
+    cells = [*pair(), cell(access="black_box", key="b")]
+    assert page._gaps(cells) == [25.0, 25.0, None]

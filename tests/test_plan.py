@@ -135,11 +135,11 @@ def test_a_plan_passes_over_what_a_run_would_mend(
 
 def cell(**changes: object) -> dict[str, object]:
     known = {"dataset": "d", "classifier": "c", "attack": "pgd", "defense": "vae", "access": "white_box", "variant": ""}
-    return known | {"n": 100, "present": False} | changes
+    return known | {"n": 100, "present": False, "same": object()} | changes
 
 
 def took(seconds: float, **changes: object) -> Record:
-    shape = {name: value for name, value in cell(**changes).items() if name != "present"}
+    shape = {name: value for name, value in cell(**changes).items() if name not in ("present", "same")}
     return Record(**shape, key="k", norm="linf", eps=0.1, seed=0, wall_seconds=seconds)  # type: ignore[arg-type]
 
 
@@ -258,3 +258,9 @@ def test_each_job_of_a_sweep_is_composed_once_and_has_a_config_of_its_own(
     command("-m", "attack=fgsm,fgsm", "logger=none")
     assert [(number, attack) for number, attack, _ in ran] == [(0, "FGSM"), (1, "FGSM")]
     assert ran[0][2] is not ran[1][2]
+
+
+def test_cells_that_differ_in_what_they_are_called_are_one_to_measure(command: Command) -> None:
+    of_none = ("defense=none", "threat.eps=0.1", "threat.access=white_box")  # nothing is random
+    planned = ok(command("-m", *SMALL, *of_none, "eot_draws=10,20", "+plan=true")).out
+    assert "2 cells: 0 found, 1 to measure, 1 the same" in planned

@@ -13,7 +13,7 @@ from rich.console import Console
 from src import frame, report, tables
 from src import records as store
 from src.records import Record
-from src.report.__main__ import main
+from src.report.__main__ import _folder, main
 from src.terminal import print_table
 from tests.cells import cell, failed, pair, sidecar
 
@@ -164,3 +164,9 @@ def test_many_settings_have_a_picture_each_up_to_a_limit(tmp_path: Path, caplog:
         "pictures_digits-lenet-d1-pgd-linf.png",
     ]
     assert "left out 1" in caplog.text, "skips are loud"
+
+
+def test_what_is_made_of_a_record_lies_beside_its_folder(tmp_path: Path) -> None:
+    store.save(cell(), tmp_path / "records")
+    (path,) = (tmp_path / "records").glob("*.json")
+    assert _folder(path) == _folder(path.parent) == _folder(tmp_path) == tmp_path

@@ -87,8 +87,12 @@ def test_a_job_that_died_and_a_broken_record_are_noticed(tmp_path: Path) -> None
     store.save(cell(), tmp_path / "0" / "records")
     for job in ("0", "1"):
         (tmp_path / job / ".hydra").mkdir(parents=True, exist_ok=True)
-        (tmp_path / job / ".hydra" / "config.yaml").write_text("seed: 3\nthreat: {norm: l2, eps: [1, 2]}")
-        (tmp_path / job / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {choices: {dataset: mnist}}}")
+        (tmp_path / job / ".hydra" / "config.yaml").write_text(
+            "seed: 3\nthreat: {norm: l2, eps: [1, 2], targeted: true}"
+        )
+        (tmp_path / job / ".hydra" / "hydra.yaml").write_text(
+            "hydra: {runtime: {choices: {dataset: mnist}}, overrides: {task: [seed=3, defense.noise=0]}}"
+        )
     (tmp_path / "0" / "records" / "broken.json").write_text("{")
     records, problems = results_table.collect(tmp_path)
     assert [(r.dataset, r.norm, r.seed, r.eps, r.status) for r in records] == [
@@ -96,6 +100,7 @@ def test_a_job_that_died_and_a_broken_record_are_noticed(tmp_path: Path) -> None
         ("mnist", "l2", 3, None, "failed"),
     ]
     assert "left no record" in records[1].reason
+    assert (records[1].targeted, records[1].variant) == (True, "defense.noise=0")
     assert len(problems) == 1
     assert "broken.json" in problems[0]
 

@@ -272,3 +272,12 @@ def test_ten_thousand_records_make_a_table_in_seconds(tmp_path: Path) -> None:
     frame.write_csv(cells, tmp_path / "r.csv")
     frame.write_parquet(cells, tmp_path / "r.parquet")
     assert time.process_time() - started < 10
+
+
+def test_what_is_wrong_with_data_or_verdicts_is_wrong_of_the_worst_case_too(tmp_path: Path) -> None:
+    """One attack may have been looked at more closely; but that one attack failed is nothing where another did not."""
+    one, other = both(tmp_path, [1, 0], [0, 1])
+    for flag, counts in (("test_in_training", True), ("threshold_not_clean", True), ("gradient_missing", False)):
+        flagged = [one.model_copy(update={"flags": [flag]}), other]
+        (row,) = worst_cases(flagged, sidecars.find([tmp_path]))
+        assert (row.flags == [flag]) == counts, flag

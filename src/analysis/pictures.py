@@ -13,6 +13,7 @@ from src import sidecars
 from src.analysis.curves import BLUE, REJECTED, VERMILLION, paper_style, save_figure
 from src.records import Record
 from src.tables import format_eps
+from src.variant import data_apart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,8 +186,9 @@ def _name(names: Sequence[str], index: int) -> str:
 def groups(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
     """Cells that share a picture: everything but eps, access and seed."""
     result: dict[tuple[str, ...], list[Record]] = {}
-    for r in sorted(records, key=store.order):
+    cells = sorted(records, key=store.order)
+    for r, data in zip(cells, data_apart(cells), strict=True):
         targeted = ("targeted",) if r.targeted else ()
-        key = (r.dataset, r.classifier, r.defense, r.attack, *targeted, r.norm, *filter(None, [r.variant]))
+        key = (r.dataset, r.classifier, r.defense, r.attack, *targeted, r.norm, *filter(None, [r.variant, data]))
         result.setdefault(key, []).append(r)
     return result

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from src import records as store
 from src.checks.flags import unreliable
 from src.records import Record
-from src.variant import group_of, overrides_of, own_weights
+from src.variant import data_apart, group_of, overrides_of, own_weights
 
 BARE = "no defense"
 
@@ -25,8 +25,9 @@ class Point:
 
 
 def told_apart(records: Sequence[Record]) -> tuple[list[Record], str]:
-    """Copies whose variants name weights of the user's own as well, but nothing if all are the same; and that."""
-    variants = [",".join(filter(None, [r.variant, *own_weights(r)])) for r in records]
+    """Copies whose variants name data and weights of the user's own too, but nothing if all are the same; and that."""
+    data = data_apart(records)
+    variants = [",".join(filter(None, [r.variant, at, *own_weights(r)])) for r, at in zip(records, data, strict=True)]
     shared = variants[0] if len(set(variants)) == 1 else ""
     named = ["" if shared else variant for variant in variants]
     return [r.model_copy(update={"variant": name}) for r, name in zip(records, named, strict=True)], shared

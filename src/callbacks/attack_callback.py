@@ -162,6 +162,7 @@ def _verdict(attacked: Attacked, seconds: float) -> dict[str, Tensor]:
     return {
         "attempted": attacked.attempted,
         "success": attacked.success,
+        "reached": attacked.prediction,
         "distance": attacked.distance,
         "attack_seconds": seconds * passes / passes.sum().clamp_min(1),
         "forward_passes": attacked.forward_passes,

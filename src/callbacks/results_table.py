@@ -77,7 +77,7 @@ class ResultsTable(Callback):
             reason = f"{type(error).__name__}: {reason}"
             log.error("job failed: %s", reason, exc_info=error)
         if not _says_why(folder):
-            job = failure(folder.parent, config, config.hydra.runtime.choices, reason)
+            job = failure(folder.parent, config, config.hydra, reason)
             store.save(job, folder)
         # Last, so that a failure that could not be written down still ends the sweep with an error.
         job_return.return_value = None
@@ -191,23 +191,26 @@ def collect(sweep: Path, *, whole: bool = True) -> tuple[list[Record], list[str]
     for job in sorted({file.parent.parent for file in sweep.rglob(".hydra/hydra.yaml")} - reporting):
         config: Any = OmegaConf.load(job / ".hydra" / "config.yaml")
         hydra: Any = OmegaConf.load(job / ".hydra" / "hydra.yaml")
-        choices = OmegaConf.select(hydra, "hydra.runtime.choices") or {}
-        record = failure(job, config, choices, SILENT)
+        record = failure(job, config, OmegaConf.select(hydra, "hydra"), SILENT)
         found[record.key] = record
     return sorted(found.values(), key=store.order), problems
 
 
-def failure(job: Path, config: Any, choices: Any, reason: str) -> Record:
-    """A failed cell in the name of a whole job, described by its config and by what was chosen for it."""
+def failure(job: Path, config: Any, hydra: Any, reason: str) -> Record:
+    """A failed cell in the name of a whole job, described by its config and by what Hydra knows of it."""
     from omegaconf import OmegaConf
 
     from src.records import Record
+    from src.variant import of_task
 
+    choices = OmegaConf.select(hydra, "runtime.choices") or {}
     names = {kind: str(choices.get(kind) or "?") for kind in ("dataset", "classifier", "defense", "attack")}
     norm, seed = OmegaConf.select(config, "threat.norm"), OmegaConf.select(config, "seed")
     return Record(
         key=f"{_JOB}{job.parent.name}-{job.name}", status="failed", reason=reason, access="", norm=str(norm or "?"),
         eps=_eps(OmegaConf.select(config, "threat.eps")), seed=seed if isinstance(seed, int) else 0,
+        targeted=OmegaConf.select(config, "threat.targeted") is True,
+        variant=of_task(OmegaConf.select(hydra, "overrides.task") or []),
         created=datetime.now(UTC).isoformat(timespec="seconds"), **names,
     )  # fmt: skip
 

@@ -125,7 +125,8 @@ def _paths(parser: argparse.ArgumentParser) -> None:
 
 def _folder(path: Path) -> Path:
     """Where the output about it belongs: in a folder ``records`` it would lie among them."""
-    return path if path.is_dir() and path.name != "records" else path.parent
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == "records" else folder
 
 
 def _keys(text: str) -> list[str]:

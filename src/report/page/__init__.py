@@ -18,6 +18,7 @@ from src.report.command import command
 from src.report.meanings import explain
 from src.report.page.charts import specs
 from src.tables import format_eps, images_judged, reading
+from src.variant import data_apart
 from src.worst import WORST
 
 # Name, kind, and what hovering over the head says. Kinds: word, radius, count, share (percent), number, flags.
@@ -59,7 +60,7 @@ def write_page(records: Iterable[Record], path: Path, pictures: Sequence[Path] =
     from jinja2 import Environment, PackageLoader
 
     cells = sorted(records, key=store.order)
-    rows = [_row(record, gap) for record, gap in zip(cells, _gaps(cells), strict=True)]
+    rows = [_row(*each) for each in zip(cells, _gaps(cells), data_apart(cells), strict=True)]
     for row, made in zip(rows, _made(cells), strict=True):
         row["made"] = made
     flags = sorted({flag for record in cells for flag in record.flags})
@@ -102,7 +103,8 @@ def _gaps(cells: Sequence[Record]) -> list[float | None]:
     gaps = []
     for r in cells:
         gray, white = (held.get((r.gap_key, made[r.key], a)) for a in ("gray_box", "white_box"))
-        gaps.append(None if gray is None or white is None else round(100 * (gray - white), 2))
+        one_of_them = r.access in ("gray_box", "white_box")
+        gaps.append(round(100 * (gray - white), 2) if one_of_them and gray is not None and white is not None else None)
     return gaps
 
 
@@ -117,7 +119,7 @@ def _made(cells: Sequence[Record]) -> list[str]:
     return found
 
 
-def _row(r: Record, gap: float | None) -> dict[str, Any]:
+def _row(r: Record, gap: float | None, data: str) -> dict[str, Any]:
     """Short names: ten thousand of them are in the page."""
     failed = r.status == "failed"
     doubtful = [] if failed else [flag for flag in r.flags if unreliable([flag])]
@@ -128,7 +130,8 @@ def _row(r: Record, gap: float | None) -> dict[str, Any]:
     return {
         "c": [
             r.dataset, r.classifier, r.defense, r.attack, r.norm, _number(r.eps), r.access, r.seed,
-            "targeted" if r.targeted else "untargeted", r.variant, r.n, _share(r.clean_accuracy),
+            "targeted" if r.targeted else "untargeted", ",".join(filter(None, [r.variant, data])), r.n,
+            _share(r.clean_accuracy),
             _share(r.clean_accuracy_defended), attacked(r.robust_accuracy), gap, attacked(r.attack_success_rate),
             _number(r.distance_median), _number(r.attack_ms_per_image), _number(r.defense_ms_per_image),
             _number(r.defense_memory_mib), r.flags,
