@@ -32,7 +32,7 @@ def certified(
     assert certify is not None
     count = min(defended.certify_images, len(data.test))
     parts = {**keys, "count": count, "seed": job.seed, "batch": job.eval_batch_size}
-    parts["source"] = source_digest(type(defended))
+    parts["source"] = source_digest(certified, type(defended))
 
     @torch.no_grad()
     def make(folder: Path) -> None:

@@ -72,7 +72,7 @@ class Checked:
         """Figures that are the same for every cell; taken where the defended model is."""
         found = {
             "test_in_training": data_checks.test_in_training(self.data, full=self._full),
-            **data_checks.thresholds(self.subject.defended, self.data),
+            **data_checks.thresholds(self.subject.defended, self.data, self.job.seed),
         }
         return {name: round(figure, 6) for name, figure in found.items() if figure is not None}
 

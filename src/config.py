@@ -172,6 +172,8 @@ def _check_trained(choice: Mapping[str, Any], key: str) -> None:
     node, trained = split(choice, key)
     check(node, key)
     _check_fits(choice, key)
+    if trained.trained_on and trained.trained_on.target == "itself" and not _answers(choice, key):
+        raise UserError(f"{key}.trained_on.target=itself: gives no logits to attack. Allowed: classifier, the bare one")
     if trained.trained_on:
         if trained.trained_on.eps is not None:
             parse_eps(trained.trained_on.eps, f"{key}.trained_on.eps", Norm.parse(trained.trained_on.norm))
@@ -185,8 +187,16 @@ def _check_trained(choice: Mapping[str, Any], key: str) -> None:
                         f"Allowed: {', '.join(sorted(able))}"
                     )
     parts = trained.parts or {}
+    if trained.parts is not None and not parts:
+        raise UserError(f"{key}.parts: no parts are left. Allowed: one or more, or defense=none")
     for name, part in parts.items():
         _check_trained(part, f"{key}.parts.{name}")
+    rates = {name: part["fpr"] for name, part in parts.items() if part.get("fpr") is not None}
+    if len(set(rates.values())) > 1:
+        told = ", ".join(f"{key}.parts.{name}.fpr={rate}" for name, rate in rates.items())
+        raise UserError(
+            f"{told}: a chain rejects one share of clean images, by all its detectors together. Give them one"
+        )
     for name in list(parts)[:-1]:
         if _replaces(parts[name], f"{key}.parts.{name}"):
             raise UserError(
@@ -206,6 +216,13 @@ def _check_fits(choice: Mapping[str, Any], key: str) -> None:
     for name, owner in useless.items():
         if choice.get(name) is not None:
             raise UserError(f"{key}.{name}: would change nothing. Allowed: {name} {owner}, or leave it out")
+
+
+def _answers(choice: Mapping[str, Any], key: str) -> bool:
+    """Whether a defense is called with images and gives logits itself."""
+    from pytorch_lightning import LightningModule
+
+    return getattr(locate(choice, key), "forward", None) is not LightningModule.forward
 
 
 def _replaces(choice: Mapping[str, Any], key: str) -> bool:

@@ -77,7 +77,6 @@ class OneNode(LightningEnvironment):
 def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
     """A Trainer from ``conf/trainer`` with what every run of ours needs."""
     check_devices(config)
-    exact()  # here for what follows without a Trainer, and by the callback in processes that it starts
     if in_processes(config):  # of its own making, also under Slurm and torchrun
         options["plugins"] = [LightningEnvironment() if nodes_of(config) > 1 else OneNode()]
     if config.get("enable_progress_bar") is False:  # with a bar among the callbacks Lightning refuses that
@@ -98,6 +97,12 @@ def trainer(config: Mapping[str, Any], *, callbacks: Sequence[Callback] = (), **
 
 
 def check_devices(config: Mapping[str, Any]) -> None:
+    """Whether these can be used; what follows, with or without a Trainer, computes in float32.
+
+    Raises:
+        UserError: they are not there, or cannot be counted on.
+    """
+    exact()  # here, and by the callback in processes that a Trainer starts
     accelerator, strategy = config.get("accelerator", "auto"), str(config.get("strategy", "auto"))
     devices = config.get("devices", "auto")
     count = _count(devices, torch.cuda.device_count() if accelerator in ("gpu", "cuda", "auto") else 1)

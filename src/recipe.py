@@ -61,7 +61,7 @@ class Recipe(BaseModel):
         if self.schedule == "cosine":
             schedule = lr_scheduler.CosineAnnealingLR(optimizer, steps)
         elif steps < 2:  # the one rate of a onecycle is that of its end, next to nothing
-            return {"optimizer": optimizer}
+            schedule = lr_scheduler.ConstantLR(optimizer, factor=1.0)
         else:
             alone = self.warmup * steps == 1  # one step to climb in: torch divides by those after the first
             schedule = lr_scheduler.OneCycleLR(

@@ -37,7 +37,7 @@ def frozen(
         "data": data.train_fingerprint,
         "seed": job.seed,
         "batch": job.eval_batch_size,  # a random defense draws batch by batch
-        "source": source_digest(*networks_of(defended), loaders, within="src.defenses"),
+        "source": source_digest(frozen, *networks_of(defended), loaders, within="src.defenses"),
     }
 
     @torch.no_grad()

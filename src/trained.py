@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ class Workshop:
         node, trained = split(choice, group)
         if trained.parts is not None:
             made = [
-                self._defense(part, f"{group}.parts.{label}", f"{name}: {label}", classifier, classifier_key)
+                self._part(part, f"{group}.parts.{label}", f"{name}: {label}", classifier, classifier_key)
                 for label, part in trained.parts.items()
             ]
             chain: Defense = build(node, group, parts=[part for part, _ in made])
@@ -137,6 +138,11 @@ class Workshop:
             if type(module).training_step is not LightningModule.training_step:
                 raise UserError(f"{group}.fit: missing; it says how to train, see conf/fit/default.yaml")
             return module, content_key(**about, source=source_digest(type(module), within="src.defenses"))
+        if type(module).validation_step is LightningModule.validation_step:
+            raise UserError(
+                f"{group}.fit: {type(module).__name__} has no validation_step, by which the best epoch is known. "
+                f"Expected one that logs {module.monitor[0]}"
+            )
         callbacks = self._trained_on(trained, group, module, classifier, classifier_key, about)
         what = f"defense {name} on {self.data.spec.name}"
         later = {argument: value for argument, value in node.items() if argument in module.at_test}
@@ -145,6 +151,15 @@ class Workshop:
         behind = {"classifier": classifier_key} if "classifier" in wanted else {}
         key = self._trained(group, module, trained.fit, what, about, callbacks, told=behind)
         return module, content_key(training=key, at_test=later) if later else key
+
+    def _part(
+        self, choice: dict[str, Any], group: str, name: str, classifier: Classifier, classifier_key: str
+    ) -> tuple[Defense, str]:
+        """A part of a chain, whose errors name its own keys: a defense takes itself for the only one."""
+        try:
+            return self._defense(choice, group, name, classifier, classifier_key)
+        except UserError as error:
+            raise UserError(re.sub(r"\bdefense\.(?!parts\.)", f"{group}.", str(error))) from None
 
     def _trained_on(
         self,

@@ -161,7 +161,7 @@ def threshold(
     shown = (clean + 0.2).clamp(0, 1) if attacked else clean
     defended: DefendedModel = kind(fpr=0.1, threshold=by_hand).guard(trained())
     defended.set_thresholds(defended.scores(shown))
-    return data_checks.thresholds(defended, digits())
+    return data_checks.thresholds(defended, digits(), 0)
 
 
 def leak(data: Digits) -> dict[str, float]:

@@ -122,9 +122,9 @@ def test_only_free_learns_without_an_attack(artifacts: Path, name: str, objectiv
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_moved_perturbation_stays_in_the_ball(norm: str) -> None:
     threat, slope = ThreatModel(norm=norm, eps=0.3), images() - 0.5
-    once = moved(torch.zeros_like(slope), slope, threat)
+    once = moved(torch.zeros_like(slope), slope, threat.norm, 0.3)
     torch.testing.assert_close(threat.distance(torch.zeros_like(slope), once), torch.full((4,), 0.3))
-    again = moved(once, slope.flip(0), threat)
+    again = moved(once, slope.flip(0), threat.norm, 0.3)
     assert (threat.distance(torch.zeros_like(slope), again) <= 0.3 + 1e-6).all()
     assert (torch.linalg.vecdot(again.flatten(1), slope.flip(0).flatten(1)) > 0).all()
 
@@ -216,3 +216,23 @@ def test_the_radius_grows_in_the_warmup_and_an_absent_attack_leaves_the_images()
     own.on_validation_batch_start(trainer, module, judged, 0)
     assert torch.equal(learnt["image"], data["image"])
     assert not torch.equal(judged["image"], data["image"])
+
+
+def test_a_training_that_stopped_on_collapse_has_stopped_when_it_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for collapsed in (True, False):
+        checkpoint: dict = {}
+        module, again = adversarial(objective="fast"), adversarial(objective="fast")
+        module.collapsed = collapsed
+        module.on_save_checkpoint(checkpoint)
+        again.on_load_checkpoint(checkpoint)
+        trainer = SimpleNamespace(should_stop=False)
+        monkeypatch.setattr(AdversarialTraining, "trainer", trainer)
+        again.on_train_start()
+        assert trainer.should_stop is collapsed
+
+
+def test_free_without_a_limit_moves_by_the_width_of_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = free(1, monkeypatch)
+    module.threat = ThreatModel(norm="linf", eps=math.inf, exhaust=True)
+    module.training_step({"image": images(), "label": batch()["label"]}, 0)
+    assert module.perturbation.abs().max() == 1

@@ -32,6 +32,7 @@ from src.checks.flags import FLAGS, raised, unreliable
 from src.checks.look import Look
 from src.data.augment import to_float
 from src.data.digits import Digits
+from src.defenses.base import Detector
 from src.threat import Access, Norm, ThreatModel
 from tests.conftest import ROOT, Outcome, choices
 from tests.faulty import Brightness, LessRandom, Probabilities
@@ -302,8 +303,27 @@ def test_to_check_a_threshold_changes_none() -> None:
     defended = Brightness(fpr=0.1).guard(Linear())
     defended.set_thresholds(torch.rand(50, 1, generator=torch.Generator().manual_seed(0)))
     before = {name: value.clone() for name, value in defended.frozen.items()}
-    assert data_checks.thresholds(defended, data)["threshold_not_clean"] > 0
+    assert data_checks.thresholds(defended, data, 0)["threshold_not_clean"] > 0
     assert all(torch.equal(defended.frozen[name], value) for name, value in before.items())
+
+
+class Drawn(Detector):
+    """Suspects at random."""
+
+    def score(self, images: torch.Tensor, classify: Any) -> torch.Tensor:
+        return torch.rand(len(images))
+
+
+def test_the_threshold_of_a_random_detector_is_checked_by_the_draws_that_set_it() -> None:
+    data = digits()
+    for seed in range(50):  # by other draws every twentieth is raised
+        defended = Drawn(fpr=0.1).guard(Linear())
+        torch.manual_seed(seed)
+        scores = [defended.scores(to_float(batch["image"])) for batch in data.val_dataloader()]
+        defended.set_thresholds(torch.cat(scores))
+        before = torch.get_rng_state()
+        assert data_checks.thresholds(defended, data, seed) == {"threshold_not_clean": 0.0}
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_probabilities_are_seen_beside_the_column_for_rejection() -> None:

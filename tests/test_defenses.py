@@ -15,6 +15,7 @@ from torch import nn
 from src.build import build
 from src.config import split
 from src.defenses.base import Defense, Purifier
+from src.defenses.bpda import bpda
 from src.defenses.guarded import DefendedModel
 from src.defenses.purify.autoencoder import Autoencoder
 from src.defenses.purify.vae import VAE
@@ -268,3 +269,21 @@ def test_vae_by_hand(sample: bool) -> None:
     torch.testing.assert_close(loss, reconstruction + 2 * kl)
     torch.manual_seed(0)
     torch.testing.assert_close(vae.purify(given), vae.decoder(code if sample else mean))
+
+
+def test_bpda_differentiates_the_draw_that_answers() -> None:
+    drawn: list[torch.Tensor] = []
+
+    def noise(x: torch.Tensor) -> torch.Tensor:
+        drawn.append(torch.randn_like(x))
+        return x + drawn[-1]
+
+    replaced = bpda(noise, noise)
+    x = images().requires_grad_()
+    torch.manual_seed(0)
+    first, second = replaced(x), replaced(x)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[2], drawn[3])
+    assert not torch.equal(first, second), "each pass draws anew"
+    with torch.no_grad():
+        assert not torch.equal(replaced(x), replaced(x))

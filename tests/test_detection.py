@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from src.attacks.deepfool import DeepFool
 from src.attacks.fgsm import FGSM
 from src.attacks.pgd import PGD
 from src.attacks.square import Square
+from src.build import build
 from src.defenses.base import Detector, Harden, Purifier
 from src.defenses.chain import Chain
 from src.defenses.detect.vae_kl import VAEKL
@@ -328,3 +330,20 @@ def test_black_box_search_meets_a_rejecting_model(command: Command) -> None:
     assert record.backward_passes == 0
     assert record.robust_accuracy < record.clean_accuracy_defended
     assert record.accepted_wrong > 0
+
+
+def test_magnet_learns_from_clean_images_beside_an_attack() -> None:
+    magnet, seen = MagNet(channels=1, noise=0.0), []
+    magnet._loss = lambda shown, wanted: seen.append((shown, wanted)) or torch.zeros(())
+    magnet.log = lambda *_, **__: None
+    clean = images(side=8)
+    for step in (magnet.training_step, magnet.validation_step):
+        step({"image": 1 - clean, "clean": clean}, 0)
+    assert all(torch.equal(each, clean) for pair in seen for each in pair)
+
+
+def test_no_threshold_is_nan() -> None:
+    with pytest.raises(UserError, match="threshold"):
+        build(
+            {"_target_": "src.defenses.detect.vae_kl.VAEKL", "threshold": math.nan}, "defense", channels=1, size=(8, 8)
+        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from src.defenses.harden.rbf import RBF
+from src.errors import UserError
 from tests.hardening import batch, fresh, images
 
 
@@ -37,3 +40,11 @@ def test_rbf_rejects_what_is_far_from_every_class() -> None:
         assert float((defended(clean).argmax(1) == 3).float().mean()) <= 0.05
         assert int(defended(torch.ones(1, 1, 8, 8)).argmax(1)) == 3
     assert not rbf().guard(fresh()).rejects
+
+
+def test_rbf_refuses_features_that_are_maps() -> None:
+    """As those of a VGG, whose classifier flattens them itself."""
+    network = nn.Module()
+    network.features = nn.Conv2d(1, 4, 3)
+    with pytest.raises(UserError, match=r"features\(images\) of Module is \(1, 4, 6, 6\); expected a row an image"):
+        RBF(fresh=lambda: network, channels=1, size=(8, 8), num_classes=3)

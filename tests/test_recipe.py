@@ -150,3 +150,9 @@ def test_a_damaged_checkpoint_costs_epochs_and_not_the_training(tmp_path: Path) 
         assert resuming.last_of(tmp_path) is None, "the best epoch may lie behind the last"
         assert not list(tmp_path.iterdir())
         torch.save({"epoch": 3}, best)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_each_optimizer_has_the_schedule_that_was_asked_for(steps: int) -> None:
+    """GANs step theirs by place: one that is left out moves the others up."""
+    assert "lr_scheduler" in recipe(0.2).optimizers(nn.Linear(2, 2), steps=steps)

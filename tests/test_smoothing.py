@@ -11,6 +11,7 @@ from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from src import records
+from src.defenses.harden import smoothing
 from src.defenses.harden.smoothing import Smoothing
 from tests.conftest import Linear, Outcome
 from tests.hardening import images
@@ -71,8 +72,9 @@ def test_the_bound_is_clopper_pearsons_and_a_tie_is_withheld() -> None:
         assert float(module.certify(far, torch.tensor([0]))) == pytest.approx(radius)
 
 
-def test_smoothing_counts_every_draw_and_answers_by_majority() -> None:
+def test_smoothing_counts_every_draw_and_answers_by_majority(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = TwoSided()
+    monkeypatch.setattr(smoothing, "AT_ONCE", 100_000)
     module = Smoothing(fresh=lambda: linear, sigma=1.0, votes=9, certify_images=0)
     counts = module.counts(images(3, side=4), 5000)  # more than one pass
     assert counts.sum(dim=1).tolist() == [5000] * 3

@@ -50,6 +50,17 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["plan=true"], ["+plan=true"]),
         (["~threat"], ["~threat", "needs one"]),
         (["defense=[]"], ["defense=[]", "defense=none"]),
+        (["defense=chain", "~defense.parts.first", "~defense.parts.last"], ["defense.parts", "defense=none"]),
+        (
+            ["defense=autoencoder", "+defense.trained_on.target=itself"],
+            ["defense.trained_on.target=itself", "classifier"],
+        ),
+        (
+            ["defense=[squeezing_detector,vae_kl]", "defense.parts.vae_kl.fpr=0.3"],
+            ["defense.parts.squeezing_detector.fpr=0.05", "defense.parts.vae_kl.fpr=0.3", "one share"],
+        ),
+        (["defense=[jpeg,diffusion]", "defense.parts.diffusion.steps=7"], ["error: defense.parts.diffusion.steps=7"]),
+        (["defense=vae", "defense._target_=tests.faulty.Unvalidated"], ["defense.fit", "validation_step", "val_loss"]),
         (["defense=vae", "~defense.fit"], ["defense.fit", "missing"]),
         (["defense=[jpeg,vae]", "defense.parts.vae.fit=null"], ["defense.parts.vae.fit", "missing"]),
         (["seed=99999999999999999999"], ["seed=99999999999999999999", "less than"]),

@@ -40,16 +40,21 @@ def _digests(split: Split) -> Iterator[bytes]:
 
 
 @torch.no_grad()
-def thresholds(defended: DefendedModel, data: ImageDataModule) -> dict[str, float]:
+def thresholds(defended: DefendedModel, data: ImageDataModule, seed: int) -> dict[str, float]:
     """Of a detector: how far the share of clean validation images that it rejects is off what it should be.
 
     ``threshold_not_clean``: off what thresholds set anew reject, which is less than the declared rate where scores are
     tied. ``threshold_by_hand``, where one is: off the declared rate. Both are 0 where chance explains it.
+
+    ``seed``: of the draws by which the thresholds were set. A random defense is asked with the same ones: with others
+    thresholds and scores both vary, which the test of one share knows nothing of.
     """
     if not defended.rejects:
         return {}
     batches = data.val_dataloader()
-    scores = torch.cat([defended.scores(to_float(batch["image"]).to(defended.device)) for batch in batches])
+    with torch.random.fork_rng(devices=[defended.device] if defended.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        scores = torch.cat([defended.scores(to_float(batch["image"]).to(defended.device)) for batch in batches])
     frozen, rejected = defended.frozen, defended._together([scores]) > 1
     try:
         defended.set_thresholds(scores)

@@ -15,6 +15,7 @@ shows them; the method is no part of a trained stage's key, so nothing that is m
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +32,7 @@ from src.threat import ThreatModel
 
 Fresh = Callable[[], nn.Module]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Threshold = Annotated[float, Field(ge=-math.inf)]  # inf rejects nothing; NaN is no threshold
 
 
 class Defense(LightningModule, ABC):
@@ -145,7 +147,7 @@ class Detector(Defense):
         threshold: a fixed threshold instead.
     """
 
-    def __init__(self, *, fpr: Share = 0.05, threshold: float | None = None) -> None:
+    def __init__(self, *, fpr: Share = 0.05, threshold: Threshold | None = None) -> None:
         super().__init__()
         self.fpr = fpr
         self.threshold = threshold
@@ -154,7 +156,7 @@ class Detector(Defense):
     def score(self, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
         """How suspicious each image is, ``(B,)``, higher for attacked ones. ``classify`` gives the bare logits.
 
-        An attacker differentiates it as it stands; where that leads nowhere, take :func:`src.defenses.guarded.bpda`
+        An attacker differentiates it as it stands; where that leads nowhere, take :func:`src.defenses.bpda.bpda`
         and declare ``gradient="bpda"``.
         """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,30 +12,12 @@ import torch.nn.functional as F
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from src.defenses.bpda import ImageMap, bpda
+
 Gradient = Literal["exact", "bpda", "none"]
-ImageMap = Callable[[Tensor], Tensor]
 
 AT_ONCE = 256  # images of all draws in one pass of a stochastic defense, where it keeps no graph
 WORST_LAST: tuple[Gradient, ...] = ("exact", "bpda", "none")
-
-
-def bpda(value: ImageMap, stand_in: ImageMap) -> ImageMap:
-    """``value`` forwards, the gradient of ``stand_in`` backwards.
-
-    Paper: Athalye, Carlini, Wagner 2018, "Obfuscated Gradients Give a False Sense of Security",
-    https://arxiv.org/abs/1802.00420, section 4.1
-    """
-
-    return partial(_replaced, value=value, stand_in=stand_in)
-
-
-def _replaced(images: Tensor, *, value: ImageMap, stand_in: ImageMap) -> Tensor:
-    with torch.no_grad():
-        true = value(images)
-    if not torch.is_grad_enabled():
-        return true
-    smooth = stand_in(images)
-    return smooth + (true - smooth).detach()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from src.defenses.base import Detector, Share
-from src.defenses.guarded import ImageMap, bpda
+from src.defenses.base import Detector, Share, Threshold
+from src.defenses.bpda import ImageMap, bpda
 from src.defenses.purify.squeezers import (
     Bits,
     Patch,
@@ -62,7 +62,7 @@ class SqueezingDetector(Detector):
         patch: Patch = 3,
         strength: Strength = 2.0,
         fpr: Share = 0.05,
-        threshold: float | None = None,
+        threshold: Threshold | None = None,
     ) -> None:
         super().__init__(fpr=fpr, threshold=threshold)
         grey = channels == 1

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from src.defenses.base import Detector, Share
+from src.defenses.base import Detector, Share, Threshold
 from src.defenses.purify.vae import VAE, learnt
 
 
@@ -44,7 +44,7 @@ class VAEKL(Detector):
         width: PositiveInt = 32,
         beta: NonNegativeFloat = 1.0,
         fpr: Share = 0.05,
-        threshold: float | None = None,
+        threshold: Threshold | None = None,
     ) -> None:
         super().__init__(fpr=fpr, threshold=threshold)
         self.vae = VAE(channels=channels, size=size, latent=latent, width=width, beta=beta)

@@ -14,7 +14,7 @@ from src.defenses.averaging import moving_average
 from src.defenses.base import Fresh, Harden, Share
 from src.defenses.guarded import DefendedModel
 from src.errors import UserError
-from src.threat import Norm, ThreatModel
+from src.threat import Norm
 
 
 class AdversarialTraining(Harden):
@@ -83,6 +83,7 @@ class AdversarialTraining(Harden):
         self.beta = beta
         self.replays = replays
         self.collapse = collapse
+        self.collapsed = False
         self.automatic_optimization = objective != "free"
         self.perturbation: Tensor | None = None  # of free
 
@@ -147,7 +148,8 @@ class AdversarialTraining(Harden):
             self.manual_backward(loss)
             optimizer.step()  # type: ignore[union-attr]
             assert seen.grad is not None
-            self.perturbation = moved(self.perturbation, seen.grad, self.threat)
+            radius = self.threat.radius(batch["image"])
+            self.perturbation = moved(self.perturbation, seen.grad, self.threat.norm, radius)
         if schedule is not None:
             schedule.step()  # type: ignore[union-attr]
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
@@ -165,7 +167,18 @@ class AdversarialTraining(Harden):
         best = getattr(keeper, "best_model_score", None)
         if self.objective == "fast" and best is not None:
             now = float(self.trainer.callback_metrics[self.monitor[0]])
-            self.trainer.should_stop = self.trainer.should_stop or now < float(best) - self.collapse
+            self.collapsed = now < float(best) - self.collapse
+            self.trainer.should_stop = self.trainer.should_stop or self.collapsed
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["collapsed"] = self.collapsed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.collapsed = checkpoint.get("collapsed", False)
+
+    def on_train_start(self) -> None:
+        """A training that had stopped before it was killed has stopped."""
+        self.trainer.should_stop = self.trainer.should_stop or self.collapsed
 
 
 def trades(clean: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -188,12 +201,12 @@ def _divergence(clean: Tensor, attacked: Tensor) -> Tensor:
     return F.kl_div(*logs, reduction="none", log_target=True).sum(dim=1)
 
 
-def moved(change: Tensor, slope: Tensor, threat: ThreatModel) -> Tensor:
-    """A perturbation one step of length eps further up the gradient, kept within the ball."""
-    if threat.norm is Norm.LINF:
-        return (change + threat.eps * slope.sign()).clamp(-threat.eps, threat.eps)
-    further = change + threat.eps * slope / _length(slope)
-    return further * (threat.eps / _length(further)).clamp_max(1.0)
+def moved(change: Tensor, slope: Tensor, norm: Norm, radius: float) -> Tensor:
+    """A perturbation one step of that length further up the gradient, kept within the ball."""
+    if norm is Norm.LINF:
+        return (change + radius * slope.sign()).clamp(-radius, radius)
+    further = change + radius * slope / _length(slope)
+    return further * (radius / _length(further)).clamp_max(1.0)
 
 
 def _length(images: Tensor) -> Tensor:

@@ -53,8 +53,13 @@ class RBF(Harden):
         if not hasattr(self.network, "features"):
             raise UserError(f"defense=rbf: {type(self.network).__name__} has no features(images) to take distances of")
         with torch.no_grad():
-            width = self.network.eval().features(torch.zeros(1, channels, *size)).shape[1]  # type: ignore[operator]
-        self.network = RBFNetwork(self.network.train(), width, num_classes, code, margin)
+            seen = self.network.eval().features(torch.zeros(1, channels, *size))  # type: ignore[operator]
+        if seen.ndim != 2:
+            raise UserError(
+                f"defense=rbf: features(images) of {type(self.network).__name__} is {tuple(seen.shape)}; expected a "
+                "row an image, (1, features), to take distances of"
+            )
+        self.network = RBFNetwork(self.network.train(), seen.shape[1], num_classes, code, margin)
         self.margin = margin
         self.fpr = fpr
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from src.defenses.base import Fresh, Harden, Share
 from src.defenses.guarded import DefendedModel
 
-AT_ONCE = 4096  # noisy images in one pass of the certificate
+AT_ONCE = 2**22  # values of noisy images in one pass of the certificate: some 16 MiB of them
 
 
 class Smoothing(Harden):
@@ -91,7 +91,7 @@ class Smoothing(Harden):
     def counts(self, images: Tensor, draws: int) -> Tensor:
         """How many of the draws answer each class: ``(B, classes)``."""
         total: Tensor | int = 0
-        each = max(1, AT_ONCE // max(1, len(images)))
+        each = max(1, AT_ONCE // max(1, images.numel()))
         for done in range(0, draws, each):
             copies = min(each, draws - done)
             logits = self(images.repeat(copies, 1, 1, 1))

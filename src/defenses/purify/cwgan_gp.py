@@ -60,6 +60,7 @@ class CWGANGP(WassersteinGAN):
 
     monitor = ("val_accuracy", "max")
     replaces = True
+    learns_from_classifier = False  # it is asked for features alone, of which the logged FID is made
 
     def __init__(
         self,

@@ -114,13 +114,14 @@ class MagNet(Defense):
         return found
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        images = batch["image"]
+        images = batch.get("clean", batch["image"])
         loss = self._loss((images + self.noise * torch.randn_like(images)).clamp(0, 1), images)
         self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss = self._loss(batch["image"], batch["image"])  # as they will be met: without noise
+        images = batch.get("clean", batch["image"])
+        loss = self._loss(images, images)  # as they will be met: without noise
         self.log("val_loss", loss, batch_size=len(batch["image"]), sync_dist=True, prog_bar=True)
 
     def _loss(self, shown: Tensor, wanted: Tensor) -> Tensor:
