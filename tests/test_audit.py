@@ -56,12 +56,12 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 
 def test_a_module_and_its_callable(judged: Callable[..., str], tmp_path: Path) -> None:
     text = judged("tests.test_audit:sound", *QUICK, "--threat", "linf:0.15", "--threat", "l2:0.5")
-    assert "flags:" not in text.replace("flags (docs/checks.md):", "")
+    assert "flags:" not in text
     found = records.find([tmp_path / "out"])
     assert [(r.norm, r.eps, r.access, r.classifier, r.n) for r in found] == [
         ("l2", 0.5, "white_box", "own", 60), ("linf", 0.15, "white_box", "own", 60)
     ]  # fmt: skip
-    assert {r.variant for r in found} == {"classifier.model=tests.test_audit:sound"}
+    assert {r.variant for r in found} == {"attack.steps=5,classifier.model=tests.test_audit:sound"}
     assert all(0 < r.robust_accuracy < r.clean_accuracy for r in found)
     assert f"worst case linf 0.15    {100 * found[1].robust_accuracy:.1f} %" in text
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("python -m src.train")]
