@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from src.checks.attack import label_leaking
 from src.checks.flags import raised
 from src.config import Job
 from src.defenses.guarded import DefendedModel
@@ -41,7 +42,7 @@ def to_record(
         clean: ``label``, and the classes that the ``bare`` and the ``defended`` model give the clean images.
         made: verdicts and costs of the attack, on the model it was aimed at.
         seen: what the defended model makes of the attacked images; the same table when that was its target.
-        checks: figures of the sanity checks; that of the interval's width is added here.
+        checks: figures of the sanity checks; two that take every image are added here.
         known: further fields of the record: names, keys, time.
     """
     label = clean["label"]
@@ -52,6 +53,9 @@ def to_record(
         turned &= made["success"] & (seen["prediction"] == made["reached"])
     low, high = wilson(int(held.sum()), len(label))
     checks = checks | {"few_images": round(high - low, 6)}
+    leaking = label_leaking(~right & made["attempted"], seen["prediction"] == label)
+    if leaking is not None and not threat.targeted:
+        checks["label_leaking"] = round(leaking, 6)
     worked = made.get("found", made["attempted"])
     on_bare = (made["prediction"] == label) if access is Access.GRAY_BOX else None
     return Record(

@@ -228,6 +228,10 @@ PLANTED: dict[str, Fault] = {
         lambda: seen(trained(adversarial=False), faulty.Reversed(), ThreatModel(norm=Norm.LINF, eps=0.4)),
         ("one_step_stronger", "noise_stronger", "unbounded_holds"),
     ),
+    "the same in gray_box": Fault(
+        lambda: measured(trained(adversarial=False), "tests.faulty.Reversed", "gray_box", eps=0.4).checks,
+        ("label_leaking",),
+    ),
     "PGD, too few steps": Fault(
         lambda: seen(trained(adversarial=False), SHORT), ("steps_short", "loss_rising", "one_step_stronger")
     ),

@@ -20,7 +20,7 @@ from src.attacks.noise import Noise
 from src.checks.look import Look
 from src.keys import seed_of
 from src.threat import Norm
-from src.uncertainty import excess
+from src.uncertainty import exact, excess
 
 NOISE_DRAWS = 10
 HELD = 5  # images that must still hold for the loss to be judged by them
@@ -122,6 +122,19 @@ def members_left_out(attack: Attack, *, rejects: bool = False) -> float | None:
         return None
     members = attack.members.values()
     return float(sum(each.needs == "gradient" and (rejects or not each.against_rejection) for each in members))
+
+
+def label_leaking(wrong: Tensor, right: Tensor) -> float | None:
+    """Of the attacked images that are ``wrong`` when clean the share that is ``right`` now; 0 where chance explains it.
+
+    An attack moves away from the label, so few should be. Of a model that learnt from images attacked once and for all
+    many are: it reads the label off the change.
+    Paper: Kurakin, Goodfellow, Bengio 2017, "Adversarial Machine Learning at Scale", https://arxiv.org/abs/1611.01236
+    """
+    count, now = int(wrong.sum()), int((wrong & right).sum())
+    if not count:
+        return None
+    return now / count if exact(now, count - now) < 0.05 else 0.0
 
 
 class Watched(nn.Module):

@@ -35,6 +35,11 @@ FLAGS: dict[str, Flag] = {
     "restarts_short": Flag(says="twice the restarts do more harm", limit=0.03, decisive=False, full=True),
     "loss_rising": Flag(says="the loss still rises when the attack stops", limit=0.1, decisive=False, full=True),
     "members_left_out": Flag(says="attacks of the ensemble that need gradients could not be used", decisive=False),
+    "label_leaking": Flag(
+        says="most images that are wrong when clean are right when attacked: the change gives the label away",
+        limit=0.5,
+        decisive=False,
+    ),
     # of the model
     "gradient_missing": Flag(says="the gradient is zero, NaN or the same at all pixels", limit=0.1),
     "gradient_untrue": Flag(
