@@ -23,10 +23,10 @@ demo: setup  ## The main job on the bundled digits: classifier, VAE defense, PGD
 	$(BIN)/python -m src.train
 
 test: setup  ## The default tests: no network, no data beyond what packages bundle
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-full: setup  ## The slow tests as well
-	$(BIN)/python -m pytest -q -n auto -m 'slow or not slow'
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'slow or not slow'
 
 test-checks: setup  ## Do planted faults raise their flags? Prints faults by flags, then runs those tests
 	$(BIN)/python -W ignore -m tests.planted
