@@ -139,7 +139,7 @@ class Bench:
     def _other(self, same: str) -> str:
         """Key of a record of the same cell, whatever it was called when it was measured; empty where there is none."""
         try:
-            return (self._store / f".{same}.key").read_text()
+            return (self._store / f".{same}.key").read_text(errors="replace")
         except FileNotFoundError:
             return ""
 
