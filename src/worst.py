@@ -21,14 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WORST = "worst_of_all"  # what stands in the column of the attack
-OF_ALL = {
-    "batch_changes_verdict",
-    "threshold_not_clean",
-    "test_in_training",
-}  # decisive flags that no attack is to blame for
-
-
-_SHARED = ("dataset", "classifier", "defense", "surrogate", "paths")
+# Decisive flags that no attack is to blame for.
+OF_ALL = {"batch_changes_verdict", "threshold_not_clean", "test_in_training"}
+_SHARED = ("dataset", "classifier", "defense", "surrogate", "paths")  # of the config: what no attack changes
 
 
 def worst_cases(records: Iterable[Record], files: Mapping[str, Path]) -> list[Record]:

@@ -237,13 +237,13 @@ def test_every_experiment_runs(command: Command, random_sets: Path, name: str) -
     """With its own defense and attack and its network, narrowed, on noise of its dataset's shape."""
     data = [] if "digits" in name else ["dataset=npz", f"dataset.root={random_sets / name.split('_')[0]}.npz"]
     few = ["classifier.widths=[8,16,16]"] if "cifar" in name else []
-    few += ["attack.steps=3", "threat.eps=8/255"] if "cifar_pgd" in name else []
+    few += ["attack.steps=3"] if "cifar_pgd" in name else []
     outcome = ok(command(*QUIET, f"+experiment={name}", *data, "+debug=quick", "eot_draws=2", *few))
     found = records.find(outcome.runs())
     assert len(found) >= 2
     assert {record.status for record in found} == {"done"}
     if "cifar_pgd" in name:
-        assert {record.eps for record in found} == {8 / 255}
+        assert 8 / 255 in {record.eps for record in found}
     if "mnist_pgd" in name:
         assert {record.eps for record in found} == {0.15, 0.3}
         assert found[0].config["attack"]["steps"] == 40

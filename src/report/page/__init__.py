@@ -131,8 +131,8 @@ def _row(r: Record, gap: float | None, data: str) -> dict[str, Any]:
         "c": [
             r.dataset, r.classifier, r.defense, r.attack, r.norm, _number(r.eps), r.access, r.seed,
             "targeted" if r.targeted else "untargeted", ",".join(filter(None, [r.variant, data])), r.n,
-            _share(r.clean_accuracy),
-            _share(r.clean_accuracy_defended), attacked(r.robust_accuracy), gap, attacked(r.attack_success_rate),
+            _share(r.clean_accuracy), _share(r.clean_accuracy_defended), attacked(r.robust_accuracy), gap,
+            attacked(r.attack_success_rate),
             _number(r.distance_median), _number(r.attack_ms_per_image), _number(r.defense_ms_per_image),
             _number(r.defense_memory_mib), r.flags,
         ],
